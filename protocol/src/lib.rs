@@ -29,7 +29,12 @@
 //! ```
 #![forbid(unsafe_code)]
 
-#[allow(missing_debug_implementations, unreachable_pub, clippy::all)]
+#[allow(
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::all,
+    clippy::unwrap_used
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/generated.rs"));
 }
