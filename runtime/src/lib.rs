@@ -1,1 +1,23 @@
+//! From a container request to a running microVM.
+//!
+//! Data flows one way: [`request`] is what containerd asked for, validated;
+//! [`plan`] decides, without touching anything, what that needs;
+//! [`acquire`] obtains it, each step written to the [`ledger`] first;
+//! [`sandbox`] boots the machine and drives the agent inside it.
+//! [`config`] is the administrator's say in all of this, [`images`] the cache
+//! of file-system images made from containerd's layers, [`check`] tells
+//! whether this host can do any of it.
 
+#![forbid(unsafe_code)]
+
+pub mod acquire;
+pub mod agent;
+pub mod check;
+pub mod config;
+pub mod error;
+pub mod events;
+pub mod images;
+pub mod ledger;
+pub mod plan;
+pub mod request;
+pub mod sandbox;
