@@ -1,0 +1,132 @@
+//! Virtio devices. A device implements [`VirtioDevice`] and never learns which transport shows it to
+//! the guest: the transport owns the status machine, feature words and queue registers, and hands
+//! over configured queues in an [`Activation`].
+
+pub mod balloon;
+pub mod block;
+pub mod console;
+mod interrupt;
+pub mod queue;
+pub mod rng;
+pub mod transport;
+pub mod vsock;
+
+use std::io;
+
+pub use interrupt::{Faults, Interrupt};
+
+use crate::memory::GuestMemory;
+use crate::sys::doorbell::Doorbell;
+use crate::sys::reactor::ReactorHandle;
+use queue::{RingFault, Virtqueue};
+
+/// `VIRTIO_F_INDIRECT_DESC` (virtio 1.2, 6): offered by the transport for every device.
+pub const F_RING_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX` (virtio 1.2, 6): offered by the transport for every device.
+pub const F_RING_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1` (virtio 1.2, 6): offered for every device, and required of every driver.
+pub const F_VERSION_1: u64 = 1 << 32;
+
+/// What a device is to its transport.
+///
+/// Life: made by its constructor, activated when the driver sets DRIVER_OK, reset by the driver or by
+/// the VM's end, perhaps activated again. All calls come one at a time.
+pub trait VirtioDevice: Send {
+    /// Name for logs and metrics, such as `block0`; unique in its VM.
+    fn id(&self) -> &str;
+
+    /// Device ID of virtio 1.2, 5.
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue, in index order; powers of two.
+    fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// The device's own feature bits; the transport adds `VERSION_1` and the ring features.
+    fn features(&self) -> u64;
+
+    /// Reads device configuration space at any offset and width; reads 0 where there is nothing.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes device configuration space; ignored where nothing is writable.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver is ready: start working on the queues.
+    ///
+    /// # Errors
+    /// The transport then sets NEEDS_RESET; the VM goes on without the device.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops all work and forgets the queues. May be called on an inactive device.
+    fn reset(&mut self);
+}
+
+/// All a device needs while it is active.
+#[derive(Debug)]
+pub struct Activation {
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// The queues the driver made ready, in index order.
+    pub queues: Vec<ActiveQueue>,
+    /// Feature bits both sides agreed on, the transport's included.
+    pub features: u64,
+    /// How the driver is told of used buffers and configuration changes.
+    pub interrupt: Interrupt,
+    /// Where the device's worker runs.
+    pub reactor: ReactorHandle,
+    /// Where the device reports what it cannot go on from.
+    pub faults: Faults,
+}
+
+impl Activation {
+    /// Takes queue `index` out, if the driver made it ready.
+    pub fn take_queue(&mut self, index: u16) -> Option<ActiveQueue> {
+        let place = self.queues.iter().position(|queue| queue.index == index)?;
+        Some(self.queues.remove(place))
+    }
+
+    /// Takes queue `index` out.
+    ///
+    /// # Errors
+    /// [`ActivateError::MissingQueue`] when the driver did not make it ready.
+    pub fn require_queue(&mut self, index: u16) -> Result<ActiveQueue, ActivateError> {
+        self.take_queue(index).ok_or(ActivateError::MissingQueue { index })
+    }
+}
+
+/// A queue the driver made ready, with the doorbell it rings.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The queue's number on its device.
+    pub index: u16,
+    /// The ring itself.
+    pub queue: Virtqueue,
+    /// Rung by the driver's notification.
+    pub doorbell: Doorbell,
+}
+
+/// Why a device could not start working.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver set DRIVER_OK without a queue the device cannot do without.
+    #[error("Driver left queue {index} unconfigured")]
+    MissingQueue {
+        /// The queue's number.
+        index: u16,
+    },
+    /// A queue's addresses or size are not usable.
+    #[error("Queue refused")]
+    Ring(#[from] RingFault),
+    /// The worker or what it needs could not be had.
+    #[error("Worker did not start")]
+    Worker(#[from] io::Error),
+}
+
+/// Copies what `config` has at `offset` into `data` and zeroes the rest: the body of most
+/// [`VirtioDevice::read_config`].
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let source = config.get(start..).unwrap_or(&[]);
+    let (here, beyond) = data.split_at_mut(source.len().min(data.len()));
+    here.copy_from_slice(&source[..here.len()]);
+    beyond.fill(0);
+}

@@ -1,0 +1,3 @@
+//! How virtio devices are shown to the guest.
+
+pub mod mmio;

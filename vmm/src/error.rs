@@ -1,0 +1,1 @@
+//! Why a VM did not start.

@@ -1,0 +1,1 @@
+//! The seam below which hypervisors differ.

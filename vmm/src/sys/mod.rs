@@ -1,0 +1,6 @@
+//! Leaf files where operating systems differ: event loop, notification.
+
+#![allow(unsafe_code)]
+
+pub mod doorbell;
+pub mod reactor;
