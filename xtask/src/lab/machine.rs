@@ -1,0 +1,211 @@
+//! The lab's QEMU: an x86 machine whose emulated processor has SVM, so that its Linux has a KVM.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::image::{self, Image};
+use crate::cpio::Archive;
+use crate::step::quiet;
+use crate::{apt, paths};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// The exchange disk: what a run brings along. Sparse.
+const EXCHANGE_SIZE: u64 = 12 << 30;
+const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr \
+    tsc=reliable no_timer_check cryptomgr.notests random.trust_cpu=on apparmor=0 \
+    kvm.halt_poll_ns=0";
+
+/// How a lab is to be.
+#[derive(Debug, Clone)]
+pub(super) struct Shape {
+    /// As QEMU's `-m` takes it.
+    pub(super) memory: String,
+    /// One processor whose clock counts instructions: figures that repeat.
+    pub(super) icount: bool,
+}
+
+/// A running lab, known by its folder.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Lab {
+    pub(super) dir: PathBuf,
+    pub(super) pid: i32,
+    /// The helper in it: another build's wants another lab.
+    pub(super) helper: String,
+}
+
+/// A lab of this process; it ends with it.
+#[derive(Debug)]
+pub(super) struct OwnLab {
+    pub(super) lab: Lab,
+    child: Child,
+    _dir: TempDir,
+}
+
+impl Drop for OwnLab {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Lab {
+    pub(super) fn channel(&self) -> PathBuf {
+        self.dir.join("channel.sock")
+    }
+
+    pub(super) fn exchange(&self) -> PathBuf {
+        self.dir.join("exchange.img")
+    }
+
+    /// The end of what the lab wrote to its serial console.
+    pub(super) fn console_tail(&self) -> String {
+        let text = fs::read(self.dir.join("console.log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+    }
+
+    /// Whether its QEMU still runs (and the pid is not another's by now).
+    pub(super) fn alive(&self) -> bool {
+        let line = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let dir = self.dir.to_string_lossy().into_owned();
+        String::from_utf8_lossy(&line).contains(&dir)
+    }
+
+    /// Ends it and removes its folder.
+    pub(super) fn end(&self) -> Result<()> {
+        if self.alive() {
+            let pid = nix::unistd::Pid::from_raw(self.pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
+                .context("cannot end the lab")?;
+        }
+        paths::remove_dir(&self.dir)
+    }
+}
+
+/// Identifies the helper (this very program) that a lab was started with.
+pub(super) fn helper() -> Result<String> {
+    let exe = std::env::current_exe().context("cannot find this program")?;
+    crate::step::sha256_file(&exe)
+}
+
+/// Starts a lab that ends with this process.
+pub(super) fn start_own(shape: &Shape) -> Result<OwnLab> {
+    let dir = tempfile::Builder::new()
+        .prefix("supermachine-lab-")
+        .tempdir()
+        .context("cannot make a folder for the lab")?;
+    // QEMU gets SIGKILL when this thread, the main one, ends for whatever reason.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", QEMU]);
+    let child = spawn(command, dir.path(), shape)?;
+    let lab = describe(dir.path(), &child)?;
+    Ok(OwnLab { lab, child, _dir: dir })
+}
+
+/// Starts a lab that stays until [`Lab::end`].
+pub(super) fn start_detached(shape: &Shape) -> Result<Lab> {
+    let dir = tempfile::Builder::new()
+        .prefix("supermachine-lab-")
+        .tempdir()
+        .context("cannot make a folder for the lab")?;
+    let mut command = Command::new("setsid");
+    command.arg(QEMU);
+    let child = spawn(command, dir.path(), shape)?;
+    let lab = describe(dir.path(), &child)?;
+    let _ = dir.keep();
+    Ok(lab)
+}
+
+fn describe(dir: &Path, child: &Child) -> Result<Lab> {
+    let pid = i32::try_from(child.id()).context("a pid out of range")?;
+    Ok(Lab { dir: dir.to_path_buf(), pid, helper: helper()? })
+}
+
+/// Starts QEMU by `launcher`, which replaces itself by it.
+fn spawn(mut launcher: Command, dir: &Path, shape: &Shape) -> Result<Child> {
+    ensure_qemu()?;
+    let image = image::ensure()?;
+    let initramfs = dir.join("initramfs.cpio");
+    write_initramfs(&image, dir, &initramfs)?;
+    File::create(dir.join("exchange.img"))
+        .and_then(|file| file.set_len(EXCHANGE_SIZE))
+        .context("cannot make the exchange disk")?;
+
+    let log = File::create(dir.join("qemu.log")).context("cannot make QEMU's log")?;
+    launcher
+        .args(arguments(&image, dir, shape))
+        .arg("-initrd")
+        .arg(&initramfs)
+        // snapshot=on keeps what the lab writes in a deleted file there.
+        .env("TMPDIR", dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .context("cannot start QEMU")
+}
+
+fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
+    let path = |name: &str| dir.join(name).display().to_string();
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |items: &[&str]| args.extend(items.iter().map(|item| (*item).to_owned()));
+    if shape.icount {
+        add(&["-accel", "tcg,thread=single,tb-size=1024", "-smp", "1"]);
+        add(&["-icount", "shift=0,sleep=off"]);
+    } else {
+        add(&["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]);
+    }
+    add(&["-machine", "q35,hpet=off", "-cpu", "EPYC-Rome", "-m", &shape.memory]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&["-serial", &format!("file:{}", path("console.log"))]);
+    add(&["-kernel", &image.kernel.display().to_string(), "-append", COMMAND_LINE]);
+    let root = format!(
+        "file={},format=raw,if=none,id=root,snapshot=on,cache=unsafe",
+        image.disk.display()
+    );
+    add(&["-drive", &root, "-device", "virtio-blk-pci,drive=root"]);
+    let exchange = format!("file={},format=raw,if=none,id=ex,cache=unsafe", path("exchange.img"));
+    add(&["-drive", &exchange, "-device", "virtio-blk-pci,drive=ex"]);
+    add(&["-device", "virtio-serial-pci,max_ports=2"]);
+    let channel = format!("socket,id=ch,path={},server=on,wait=off", path("channel.sock"));
+    add(&["-chardev", &channel]);
+    add(&["-device", &format!("virtserialport,chardev=ch,name={}", super::channel::PORT)]);
+    args
+}
+
+/// The cached initramfs with this program appended: the kernel unpacks one archive after another.
+fn write_initramfs(image: &Image, dir: &Path, to: &Path) -> Result<()> {
+    let exe = std::env::current_exe().context("cannot find this program")?;
+    let stripped = dir.join("xtask");
+    apt::ensure(&["binutils"])?;
+    quiet(Command::new("strip").arg("-s").arg(&exe).arg("-o").arg(&stripped))?;
+    let mut archive = Archive::default();
+    archive.copy("xtask", 0o755, &stripped)?;
+    let mut bytes = fs::read(&image.initramfs).context("cannot read the lab's initramfs")?;
+    bytes.extend(archive.finish()?);
+    fs::write(to, bytes).context("cannot write the run's initramfs")
+}
+
+/// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
+fn ensure_qemu() -> Result<()> {
+    if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok() {
+        return Ok(());
+    }
+    let codename = apt::codename()?;
+    let newer = apt::Suite::open(&format!("{codename}-backports"))
+        .and_then(|suite| suite.install(&["qemu-system-x86"]));
+    if let Err(error) = newer {
+        eprintln!("    no QEMU from backports ({error:#}); taking the release's own");
+        apt::ensure(&["qemu-system-x86"])?;
+    }
+    if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_err() {
+        bail!("{QEMU} is still not there after installing qemu-system-x86");
+    }
+    Ok(())
+}

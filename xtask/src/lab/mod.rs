@@ -1,0 +1,237 @@
+//! The lab: a machine made by QEMU's emulation in which a stock Linux has a working KVM.
+//!
+//! For hosts without a KVM that runs guest kernels. `lab run` starts one, brings this build and
+//! any folders into it, runs a command and carries output, exit status and results back.
+
+mod channel;
+pub(crate) mod guest;
+mod image;
+mod machine;
+mod session;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use self::channel::Request;
+use self::machine::{Lab, Shape};
+use self::session::{Load, Session};
+use crate::step::{step, text};
+use crate::{build, paths};
+
+/// `PATH` of commands in the lab.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Run a command in the lab: the running one, or one started for it
+    Run(RunArgs),
+    /// A shell in the lab
+    Shell(InstallArgs),
+    /// Start a lab that stays, for quick repeats
+    Up {
+        /// The lab's memory, as QEMU takes it
+        #[arg(long, default_value = "4G")]
+        memory: String,
+    },
+    /// End the lab that `up` started
+    Down,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct InstallArgs {
+    /// Install nothing of this build
+    #[arg(long)]
+    no_install: bool,
+    /// Install what target/supermachine holds, without building first
+    #[arg(long)]
+    no_build: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// Give the command a copy of this folder as /mnt/<its name>
+    #[arg(long, value_name = "DIR")]
+    add: Vec<PathBuf>,
+    /// End the command after this many seconds; exit status 124
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// The lab's memory, as QEMU takes it (of a lab started for this run)
+    #[arg(long)]
+    memory: Option<String>,
+    /// Copy what the command leaves in /out here
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// One processor whose clock counts instructions: for figures; always a lab of its own
+    #[arg(long)]
+    icount: bool,
+    /// Start a lab for this run even if one is running
+    #[arg(long)]
+    fresh: bool,
+    #[command(flatten)]
+    install: InstallArgs,
+    /// The command
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+/// A run in the lab, for the other tasks of xtask.
+#[derive(Debug, Default)]
+pub(crate) struct Run {
+    pub(crate) command: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) add: Vec<PathBuf>,
+    pub(crate) out: Option<PathBuf>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) memory: Option<String>,
+    pub(crate) icount: bool,
+    pub(crate) fresh: bool,
+}
+
+pub(crate) fn run(args: Args) -> Result<u8> {
+    match args.action {
+        Action::Run(args) => {
+            let install = install_root(&args.install)?;
+            let run = Run {
+                command: args.command,
+                env: Vec::new(),
+                add: args.add,
+                out: args.out,
+                timeout: args.timeout.map(Duration::from_secs),
+                memory: args.memory,
+                icount: args.icount,
+                fresh: args.fresh,
+            };
+            execute(run, install.as_deref(), None)
+        }
+        Action::Shell(args) => shell(&args),
+        Action::Up { memory } => up(&memory).map(|()| 0),
+        Action::Down => down().map(|()| 0),
+    }
+}
+
+/// Runs a command in the lab with what `xtask build` left installed; returns its exit status.
+pub(crate) fn run_installed(run: Run) -> Result<u8> {
+    execute(run, Some(&build::layout()?), None)
+}
+
+fn install_root(args: &InstallArgs) -> Result<Option<PathBuf>> {
+    if args.no_install {
+        return Ok(None);
+    }
+    if !args.no_build {
+        build::ensure()?;
+    }
+    build::layout().map(Some)
+}
+
+fn execute(run: Run, install: Option<&Path>, tty: Option<(u16, u16)>) -> Result<u8> {
+    let request = Request { argv: run.command, env: run.env, tty, ..Request::default() };
+    let load = Load {
+        add: run.add,
+        install: install.map(Path::to_path_buf),
+        out: run.out,
+        timeout: run.timeout,
+    };
+    let shape = Shape {
+        memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
+        icount: run.icount,
+    };
+    // One session at a time in the lab that stays.
+    let reuse = !run.icount && !run.fresh && run.memory.is_none();
+    let lock = (reuse && running()?.is_some())
+        .then(|| paths::lock(&paths::target(), "lab-session"))
+        .transpose()?;
+    let status = match running()?.filter(|_| lock.is_some()) {
+        Some(lab) => Session::open(&lab)?.run(request, &load)?,
+        None => {
+            let own = machine::start_own(&shape)?;
+            let begin = std::time::Instant::now();
+            let session = Session::open(&own.lab)?;
+            eprintln!("    lab started in {:.1} s", begin.elapsed().as_secs_f64());
+            session.run(request, &load)?
+        }
+    };
+    Ok(u8::try_from(status).unwrap_or(125))
+}
+
+fn shell(args: &InstallArgs) -> Result<u8> {
+    let install = install_root(args)?;
+    let stty = |args: &[&str]| {
+        text(Command::new("stty").args(["-F", "/dev/tty"]).args(args))
+            .context("a shell needs a terminal")
+    };
+    let size = stty(&["size"])?;
+    let (rows, columns) = size
+        .split_once(' ')
+        .and_then(|(rows, columns)| Some((rows.parse().ok()?, columns.parse().ok()?)))
+        .unwrap_or((24, 80));
+    let saved = stty(&["-g"])?;
+    let term = std::env::var("TERM").unwrap_or_else(|_| "vt100".to_owned());
+    let run = Run {
+        command: vec!["bash".to_owned(), "-l".to_owned()],
+        env: vec![("TERM".to_owned(), term)],
+        ..Run::default()
+    };
+    stty(&["raw", "-echo"])?;
+    let status = execute(run, install.as_deref(), Some((rows, columns)));
+    stty(&[&saved])?;
+    status
+}
+
+/// Where the lab that stays is written down.
+fn note() -> PathBuf {
+    paths::target().join("lab.json")
+}
+
+/// The lab that stays, if it runs and speaks this program's language.
+fn running() -> Result<Option<Lab>> {
+    let Ok(text) = fs::read(note()) else { return Ok(None) };
+    let Ok(lab) = serde_json::from_slice::<Lab>(&text) else { return Ok(None) };
+    if !lab.alive() {
+        return Ok(None);
+    }
+    if lab.helper != machine::helper()? {
+        eprintln!("    the running lab is of another build of xtask (`cargo xtask lab down`); starting one for this run");
+        return Ok(None);
+    }
+    Ok(Some(lab))
+}
+
+fn up(memory: &str) -> Result<()> {
+    if running()?.is_some() {
+        eprintln!("    a lab is already up");
+        return Ok(());
+    }
+    down()?;
+    step("lab", || {
+        let shape = Shape { memory: memory.to_owned(), icount: false };
+        let lab = machine::start_detached(&shape)?;
+        let json = serde_json::to_vec(&lab).context("cannot describe the lab")?;
+        paths::make_dir(&paths::target())?;
+        fs::write(note(), json).context("cannot note the lab")?;
+        Session::open(&lab).map(drop)
+    })
+}
+
+fn down() -> Result<()> {
+    let Ok(text) = fs::read(note()) else { return Ok(()) };
+    if let Ok(lab) = serde_json::from_slice::<Lab>(&text) {
+        lab.end()?;
+    }
+    match fs::remove_file(note()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            bail!("cannot forget the lab: {error}")
+        }
+        _ => Ok(()),
+    }
+}

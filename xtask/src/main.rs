@@ -1,0 +1,76 @@
+//! `cargo xtask`: everything around the product that `cargo build` alone doesn't do.
+//!
+//! The guest kernel, static builds, initramfs, the lab (a machine with working KVM made by QEMU's
+//! emulation), images, tests, demo and benches. `make help` lists the everyday entry points.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command line tool talks to its user"
+)]
+
+mod apt;
+mod bench;
+mod build;
+mod cpio;
+mod demo;
+mod host;
+mod images;
+mod kernel;
+mod lab;
+mod paths;
+mod step;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, kernel, lab, tests and benches of supermachine.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Build the lean guest kernel, or fetch Debian's with --stock; nothing to do when cached
+    Kernel(kernel::Args),
+    /// Build static release binaries and the initramfs into target/supermachine
+    Build(build::Args),
+    /// Make the busybox and Debian OCI archives the tests and the demo import
+    Images,
+    /// Run commands in a machine with working KVM, emulated by QEMU
+    Lab(lab::Args),
+    /// Unit tests, then end-to-end tests; the last line is the total
+    Test(test::Args),
+    /// Containers in microVMs under a real containerd, from nothing
+    Demo(demo::Args),
+    /// Ours beside runc and QEMU, in one run
+    Bench(bench::Args),
+    /// The lab's own side of the channel; started by the lab's init
+    #[command(hide = true)]
+    LabGuest,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Kernel(args) => kernel::run(&args).map(|()| 0),
+        Task::Build(args) => build::run(&args).map(|_| 0),
+        Task::Images => images::ensure().map(|_| 0),
+        Task::Lab(args) => lab::run(args),
+        Task::Test(args) => test::run(&args),
+        Task::Demo(args) => demo::run(&args),
+        Task::Bench(args) => bench::run(&args),
+        Task::LabGuest => lab::guest::run().map(|()| 0),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
