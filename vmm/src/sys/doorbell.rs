@@ -1,0 +1,92 @@
+//! A pollable notification, rung from any thread.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+/// One notification with memory: rung any number of times before it is cleared, it counts once.
+///
+/// On Linux it is one eventfd, so KVM can ring it itself (ioeventfd); elsewhere it is a pipe.
+/// Clones share the notification.
+#[derive(Debug)]
+pub struct Doorbell {
+    consumer: EventConsumer,
+    notifier: EventNotifier,
+}
+
+impl Doorbell {
+    /// Makes a doorbell that is not ringing.
+    pub fn new() -> io::Result<Self> {
+        let (consumer, notifier) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        Ok(Self { consumer, notifier })
+    }
+
+    /// Rings; the read side becomes readable and stays so until [`Doorbell::clear`].
+    pub fn ring(&self) -> io::Result<()> {
+        match self.notifier.notify() {
+            // No room for one more notification: it is ringing already.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Silences the doorbell and tells whether it was ringing. Never blocks.
+    pub fn clear(&self) -> io::Result<bool> {
+        let mut ringing = false;
+        loop {
+            match self.consumer.consume() {
+                Ok(()) => ringing = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ringing),
+                Err(error) => return Err(error),
+            }
+            // One read empties an eventfd; a pipe holds one item for each ring.
+            if cfg!(target_os = "linux") {
+                return Ok(ringing);
+            }
+        }
+    }
+
+    /// A second owner of the same notification.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            consumer: self.consumer.try_clone()?,
+            notifier: self.notifier.try_clone()?,
+        })
+    }
+}
+
+impl AsFd for Doorbell {
+    /// The side that becomes readable; on Linux also the one to write to.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the consumer owns its descriptor, and the borrow can't outlive `self`.
+        unsafe { BorrowedFd::borrow_raw(self.consumer.as_raw_fd()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_count_once_until_cleared() {
+        let bell = Doorbell::new().unwrap();
+        assert!(!bell.clear().unwrap());
+        bell.ring().unwrap();
+        bell.ring().unwrap();
+        assert!(bell.clear().unwrap());
+        assert!(!bell.clear().unwrap());
+    }
+
+    #[test]
+    fn clones_share_the_notification() {
+        let bell = Doorbell::new().unwrap();
+        let clone = bell.try_clone().unwrap();
+        clone.ring().unwrap();
+        assert!(bell.clear().unwrap());
+        assert!(!clone.clear().unwrap());
+    }
+}

@@ -1,0 +1,394 @@
+//! One thread that waits for readiness and runs device workers.
+//!
+//! A worker never blocks on anything but its own backend, is only ever touched by the reactor's
+//! thread while it runs, and comes back to its owner when it is stopped. Readiness is level
+//! triggered: what a worker leaves undone is reported again, so a bounded amount of work for each
+//! call is enough. Nothing wakes the thread while there is nothing to do.
+
+#[cfg(any(test, feature = "testing"))]
+mod manual;
+mod wheel;
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle, ThreadId};
+use std::time::Instant;
+
+use polling::Poller;
+
+#[cfg(any(test, feature = "testing"))]
+pub use manual::ManualReactor;
+use wheel::{Core, WorkerId};
+
+/// What a source or a timer has to say.
+///
+/// Readiness may be spurious, and a hang-up or an error shows as both readable and writable: the
+/// read or write that follows tells which.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// A read would not block.
+    pub readable: bool,
+    /// A write would not block.
+    pub writable: bool,
+    /// The time given to [`Control::wake_at`] has come.
+    pub timer: bool,
+}
+
+/// What a worker wants to hear about a source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interest {
+    /// Report when a read would not block.
+    pub read: bool,
+    /// Report when a write would not block.
+    pub write: bool,
+}
+
+impl Interest {
+    /// Nothing; the source stays registered, silently.
+    pub const NONE: Self = Self {
+        read: false,
+        write: false,
+    };
+    /// Readability only.
+    pub const READ: Self = Self {
+        read: true,
+        write: false,
+    };
+    /// Writability only.
+    pub const WRITE: Self = Self {
+        read: false,
+        write: true,
+    };
+    /// Both directions.
+    pub const BOTH: Self = Self {
+        read: true,
+        write: true,
+    };
+
+    fn is_none(self) -> bool {
+        self == Self::NONE
+    }
+}
+
+/// A device's active half: owns its queues and its backend, and acts on events.
+pub trait Worker: Send + 'static {
+    /// Registers the sources to begin with. Runs on the reactor's thread; an error gives up the
+    /// worker and is what [`ReactorHandle::spawn`] returns.
+    fn start(&mut self, control: &mut Control<'_>) -> io::Result<()>;
+
+    /// Acts on the source or timer registered under `token`. The work done in one call must be
+    /// bounded, whatever a guest wrote.
+    fn ready(&mut self, control: &mut Control<'_>, token: usize, readiness: Readiness);
+}
+
+/// The reactor is gone, or the worker no longer runs on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("The worker is no longer running")]
+pub struct Stopped;
+
+/// Owns the thread. Dropping it stops every worker and joins.
+#[derive(Debug)]
+pub struct Reactor {
+    inbox: Arc<Inbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reactor {
+    /// Starts a reactor thread called `name`.
+    pub fn new(name: &str) -> io::Result<Self> {
+        let mut core = Core::new()?;
+        let inbox = Arc::new(Inbox {
+            poller: Arc::clone(&core.poller),
+            state: Mutex::new(InboxState::default()),
+        });
+        let inner = Arc::clone(&inbox);
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                // Dropped last, also when a worker panics: nobody may wait for a thread that ended.
+                let closing = Closing(inner);
+                closing.0.lock().thread = Some(thread::current().id());
+                closing.0.run(&mut core);
+            })?;
+        Ok(Self {
+            inbox,
+            thread: Some(thread),
+        })
+    }
+
+    /// A handle to spawn workers with.
+    pub fn handle(&self) -> ReactorHandle {
+        ReactorHandle {
+            executor: Arc::clone(&self.inbox) as Arc<dyn Executor>,
+        }
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        self.inbox.lock().closing = true;
+        // A poller that can't be notified has no waiting thread left.
+        let _ = self.inbox.poller.notify();
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            // A panic of the thread was reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Spawns workers on a reactor, from any thread.
+#[derive(Clone)]
+pub struct ReactorHandle {
+    executor: Arc<dyn Executor>,
+}
+
+impl fmt::Debug for ReactorHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReactorHandle").finish_non_exhaustive()
+    }
+}
+
+impl ReactorHandle {
+    /// Hands `worker` to the reactor; its `start` has run when this returns.
+    ///
+    /// Fails with what `start` returned, or with `BrokenPipe` when the reactor has stopped.
+    /// Must not be called on the reactor's own thread.
+    pub fn spawn<W: Worker>(&self, worker: W) -> io::Result<Running<W>> {
+        let id = self
+            .ask(move |core| core.seat(Box::new(worker)))
+            .map_err(|stopped| io::Error::new(io::ErrorKind::BrokenPipe, stopped))??;
+        Ok(Running {
+            id,
+            handle: self.clone(),
+            taken: false,
+            worker: PhantomData,
+        })
+    }
+
+    /// Runs `f` on the reactor's thread and waits for its answer.
+    fn ask<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Core) -> R + Send + 'static,
+    ) -> Result<R, Stopped> {
+        if self.executor.is_current_thread() {
+            // Waiting here for ourselves would never end.
+            return Err(Stopped);
+        }
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.executor.submit(Box::new(move |core| {
+            // Nobody waiting any more is no loss.
+            let _ = sender.send(f(core));
+        }));
+        receiver.recv().map_err(|_| Stopped)
+    }
+}
+
+/// A worker on its reactor. Dropping it stops the worker and drops that too.
+pub struct Running<W> {
+    id: WorkerId,
+    handle: ReactorHandle,
+    taken: bool,
+    worker: PhantomData<fn() -> W>,
+}
+
+impl<W> fmt::Debug for Running<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Running")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<W: Worker> Running<W> {
+    /// Runs `f` with the worker on the reactor's thread and waits for the answer.
+    ///
+    /// On the reactor's own thread that can't be: there the answer is [`Stopped`].
+    pub fn call<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut W, &mut Control<'_>) -> R + Send + 'static,
+    ) -> Result<R, Stopped> {
+        let id = self.id;
+        self.handle
+            .ask(move |core| {
+                core.with(id, |worker, control| {
+                    worker
+                        .as_any()
+                        .downcast_mut::<W>()
+                        .map(|worker| f(worker, control))
+                })
+                .flatten()
+            })?
+            .ok_or(Stopped)
+    }
+
+    /// Stops the worker between two events and returns it with everything it owns.
+    pub fn stop(mut self) -> Result<W, Stopped> {
+        self.taken = true;
+        let id = self.id;
+        let worker = self
+            .handle
+            .ask(move |core| core.unseat(id))?
+            .ok_or(Stopped)?;
+        worker
+            .into_any()
+            .downcast::<W>()
+            .map(|worker| *worker)
+            .map_err(|_| Stopped)
+    }
+}
+
+impl<W> Drop for Running<W> {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        let id = self.id;
+        if self.handle.executor.is_current_thread() {
+            self.handle
+                .executor
+                .submit(Box::new(move |core| drop(core.unseat(id))));
+        } else {
+            // Waits, so that nothing of the worker touches guest memory afterwards.
+            let _ = self.handle.ask(move |core| drop(core.unseat(id)));
+        }
+    }
+}
+
+/// A worker's way to its reactor, while it runs there.
+#[derive(Debug)]
+pub struct Control<'a> {
+    core: &'a mut Core,
+    worker: WorkerId,
+}
+
+impl Control<'_> {
+    /// Registers `source` under `token`. The reactor holds a duplicate of the descriptor until
+    /// [`Control::remove`]: a peer sees a close only after both are gone.
+    ///
+    /// Fails for a token in use, and for what can't be waited for, such as a regular file.
+    pub fn add(&mut self, source: &impl AsFd, token: usize, interest: Interest) -> io::Result<()> {
+        let fd = source.as_fd().try_clone_to_owned()?;
+        self.core.add(self.worker, fd, token, interest)
+    }
+
+    /// Changes what is reported of the source `token`.
+    pub fn set_interest(&mut self, token: usize, interest: Interest) -> io::Result<()> {
+        self.core.set_interest(self.worker, token, interest)
+    }
+
+    /// Forgets the source `token`, if there is one; nothing of it is reported any more.
+    pub fn remove(&mut self, token: usize) {
+        self.core.remove(self.worker, token);
+    }
+
+    /// Asks for one call with `timer` set at `when`; replaces an earlier request of this token.
+    pub fn wake_at(&mut self, token: usize, when: Instant) {
+        self.core.wake_at(self.worker, token, when);
+    }
+
+    /// Takes back a [`Control::wake_at`].
+    pub fn cancel_wake(&mut self, token: usize) {
+        self.core.cancel_wake(self.worker, token);
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Core) + Send>;
+
+/// Gets jobs to the one place where the [`Core`] is.
+trait Executor: Send + Sync {
+    /// Runs `job` soon, or drops it when the reactor has stopped.
+    fn submit(&self, job: Job);
+    /// Whether the caller is inside the reactor.
+    fn is_current_thread(&self) -> bool;
+}
+
+fn relock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The states behind these locks are consistent between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The executor of a reactor with a thread.
+#[derive(Debug)]
+struct Inbox {
+    poller: Arc<Poller>,
+    state: Mutex<InboxState>,
+}
+
+#[derive(Default)]
+struct InboxState {
+    jobs: Vec<Job>,
+    closing: bool,
+    thread: Option<ThreadId>,
+}
+
+impl fmt::Debug for InboxState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InboxState")
+            .field("jobs", &self.jobs.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, InboxState> {
+        relock(&self.state)
+    }
+
+    fn run(&self, core: &mut Core) {
+        loop {
+            let jobs = {
+                let mut state = self.lock();
+                if state.closing {
+                    return;
+                }
+                std::mem::take(&mut state.jobs)
+            };
+            for job in jobs {
+                job(core);
+            }
+            if let Err(error) = core.turn(None) {
+                tracing::error!(%error, "The reactor can't wait for events any more");
+                return;
+            }
+        }
+    }
+}
+
+impl Executor for Inbox {
+    fn submit(&self, job: Job) {
+        let mut state = self.lock();
+        if state.closing {
+            return;
+        }
+        state.jobs.push(job);
+        drop(state);
+        if let Err(error) = self.poller.notify() {
+            tracing::error!(%error, "The reactor can't be notified");
+        }
+    }
+
+    fn is_current_thread(&self) -> bool {
+        self.lock().thread == Some(thread::current().id())
+    }
+}
+
+/// Turns the waiting callers away when the thread ends.
+struct Closing(Arc<Inbox>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.closing = true;
+        let jobs = std::mem::take(&mut state.jobs);
+        drop(state);
+        drop(jobs);
+    }
+}
+
+#[cfg(test)]
+mod tests;
