@@ -61,14 +61,12 @@ pub(crate) fn hash(parts: &[&[u8]]) -> String {
     hex(&hasher.finalize())
 }
 
-/// Hexadecimal SHA-256 of a file's bytes.
+/// Hexadecimal SHA-256 of a file's bytes; by coreutils, many times faster than this program built
+/// without optimization.
 pub(crate) fn sha256_file(path: &std::path::Path) -> Result<String> {
-    let mut file =
-        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let mut hasher = Sha256::new();
-    std::io::copy(&mut file, &mut hasher)
-        .with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(&hasher.finalize()))
+    let line = text(Command::new("sha256sum").arg("-b").arg(path))?;
+    let digest = line.split_whitespace().next().context("sha256sum said nothing")?;
+    Ok(digest.to_owned())
 }
 
 /// Lower-case hexadecimal.

@@ -12,7 +12,7 @@ ln -sf /proc/self/fd /dev/fd
 ln -sf /proc/self/fd/0 /dev/stdin
 ln -sf /proc/self/fd/1 /dev/stdout
 ln -sf /proc/self/fd/2 /dev/stderr
-hostname lab
+busybox hostname lab
 ip link set lo up
 modprobe virtio_console
 (modprobe kvm_amd; modprobe -a tun loop overlay erofs veth bridge vsock) 2>/var/log/modprobe.log &

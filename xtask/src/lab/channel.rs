@@ -40,12 +40,14 @@ pub(crate) enum Kind {
     Exit = 9,
     /// Lab: nothing; written to learn that a host is there.
     Idle = 10,
+    /// Lab: everything is in place, the command starts now.
+    Started = 11,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{Exit, Hello, Idle, Kill, Out, Ready, Run, Stderr, Stdin, Stdout};
-        [Hello, Ready, Run, Stdin, Kill, Stdout, Stderr, Out, Exit, Idle]
+        use Kind::{Exit, Hello, Idle, Kill, Out, Ready, Run, Started, Stderr, Stdin, Stdout};
+        [Hello, Ready, Run, Stdin, Kill, Stdout, Stderr, Out, Exit, Idle, Started]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -36,6 +36,8 @@ enum Event {
 /// A session's running command, seen from the main loop.
 struct Active {
     stdin: Sender<Vec<u8>>,
+    /// Set before its processes are killed: one that is about to start, doesn't.
+    cancelled: Arc<AtomicBool>,
     thread: thread::JoinHandle<()>,
 }
 
@@ -74,16 +76,17 @@ pub(crate) fn run() -> Result<()> {
             Event::Frame(Kind::Run, request) => {
                 stop(active.take());
                 let (stdin, input) = mpsc::channel();
-                let port = port.clone();
-                let thread = thread::spawn(move || serve(&request, &port, input));
-                active = Some(Active { stdin, thread });
+                let (port, cancelled) = (port.clone(), Arc::new(AtomicBool::new(false)));
+                let flag = Arc::clone(&cancelled);
+                let thread = thread::spawn(move || serve(&request, &port, input, &flag));
+                active = Some(Active { stdin, cancelled, thread });
             }
             Event::Frame(Kind::Stdin, bytes) => {
                 if let Some(active) = &active {
                     let _ = active.stdin.send(bytes);
                 }
             }
-            Event::Frame(Kind::Kill, _) => kill_session(),
+            Event::Frame(Kind::Kill, _) => kill_session(active.as_ref()),
             Event::Frame(..) => {}
             Event::Gone => {
                 stop(active.take());
@@ -127,12 +130,15 @@ fn read_port(mut file: File, events: &Sender<Event>, resumed: &Receiver<()>) {
     }
 }
 
-fn kill_session() {
+fn kill_session(active: Option<&Active>) {
+    if let Some(active) = active {
+        active.cancelled.store(true, Ordering::SeqCst);
+    }
     let _ = fs::write(Path::new(CGROUP).join("cgroup.kill"), "1");
 }
 
 fn stop(active: Option<Active>) {
-    kill_session();
+    kill_session(active.as_ref());
     if let Some(active) = active {
         drop(active.stdin);
         let _ = active.thread.join();
@@ -140,9 +146,9 @@ fn stop(active: Option<Active>) {
 }
 
 /// One session from request to exit status.
-fn serve(request: &[u8], port: &Port, stdin: Receiver<Vec<u8>>) {
+fn serve(request: &[u8], port: &Port, stdin: Receiver<Vec<u8>>, cancelled: &AtomicBool) {
     let code = match serde_json::from_slice(request).context("a request I don't understand") {
-        Ok(request) => run_request(&request, port, stdin),
+        Ok(request) => run_request(&request, port, stdin, cancelled),
         Err(error) => Err(error),
     };
     let code = code.unwrap_or_else(|error| {
@@ -152,9 +158,15 @@ fn serve(request: &[u8], port: &Port, stdin: Receiver<Vec<u8>>) {
     port.send(Kind::Exit, &code.to_le_bytes());
 }
 
-fn run_request(request: &Request, port: &Port, stdin: Receiver<Vec<u8>>) -> Result<i32> {
+fn run_request(
+    request: &Request,
+    port: &Port,
+    stdin: Receiver<Vec<u8>>,
+    cancelled: &AtomicBool,
+) -> Result<i32> {
     prepare(request)?;
-    wait_for_services()?;
+    wait_for_services(cancelled)?;
+    port.send(Kind::Started, &[]);
     let status = match request.tty {
         Some(size) => with_terminal(request, size, port, stdin)?,
         None => with_pipes(request, port, stdin)?,
@@ -204,9 +216,12 @@ fn release_exchange() -> Result<()> {
 }
 
 /// The lab's init starts both in the background: containerd and the loading of kvm.
-fn wait_for_services() -> Result<()> {
+fn wait_for_services(cancelled: &AtomicBool) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(90);
     while !Path::new("/dev/kvm").exists() || UnixStream::connect(CONTAINERD).is_err() {
+        if cancelled.load(Ordering::SeqCst) {
+            bail!("ended before the command was started");
+        }
         if Instant::now() > deadline {
             let log = fs::read_to_string("/var/log/containerd.log").unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(10).collect();

@@ -91,7 +91,9 @@ impl Lab {
 /// Identifies the helper (this very program) that a lab was started with.
 pub(super) fn helper() -> Result<String> {
     let exe = std::env::current_exe().context("cannot find this program")?;
-    crate::step::sha256_file(&exe)
+    let meta = fs::metadata(&exe).context("cannot look at this program")?;
+    let changed = meta.modified().context("no modification time")?;
+    Ok(format!("{} {} {changed:?}", exe.display(), meta.len()))
 }
 
 /// Starts a lab that ends with this process.

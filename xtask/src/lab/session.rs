@@ -94,13 +94,14 @@ impl<'lab> Session<'lab> {
     pub(super) fn run(mut self, mut request: Request, load: &Load) -> Result<i32> {
         write_exchange(self.lab, load, &mut request)?;
         request.out = load.out.is_some();
-        let begin = Instant::now();
+        let mut begin = Instant::now();
         let json = serde_json::to_vec(&request).context("cannot encode the request")?;
         self.send(Kind::Run, &json)?;
         self.forward_stdin(request.tty.is_some())?;
 
         let out = load.out.as_deref().map(Unpacker::start).transpose()?;
-        let mut end = load.timeout.map(|timeout| begin + timeout);
+        // Counted from the command's own start, once the lab has said so.
+        let mut end = load.timeout.map(|timeout| begin + BOOT_DEADLINE + timeout);
         let mut timed_out = false;
         loop {
             let frame = match end {
@@ -110,6 +111,10 @@ impl<'lab> Session<'lab> {
                 None => self.frames.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match frame {
+                Ok((Kind::Started, _)) => {
+                    begin = Instant::now();
+                    end = load.timeout.map(|timeout| begin + timeout);
+                }
                 Ok((Kind::Stdout, bytes)) => write_all(&mut io::stdout(), &bytes)?,
                 Ok((Kind::Stderr, bytes)) => write_all(&mut io::stderr(), &bytes)?,
                 Ok((Kind::Out, bytes)) => {
@@ -175,16 +180,20 @@ impl<'lab> Session<'lab> {
 }
 
 fn connect(lab: &Lab, deadline: Instant) -> Result<UnixStream> {
+    // A process that is replacing itself by QEMU has no command line for a moment.
+    let mut unseen = 0;
     loop {
-        match UnixStream::connect(lab.channel()) {
+        let error = match UnixStream::connect(lab.channel()) {
             Ok(stream) => return Ok(stream),
-            Err(error) if !lab.alive() || Instant::now() > deadline => {
-                let log = fs::read_to_string(lab.dir.join("qemu.log")).unwrap_or_default();
-                bail!("cannot reach the lab ({error}); QEMU said:\n{log}");
-            }
-            // QEMU makes its socket within milliseconds; there is no event to wait for.
-            Err(_) => thread::sleep(Duration::from_millis(10)),
+            Err(error) => error,
+        };
+        unseen = if lab.alive() { 0 } else { unseen + 1 };
+        if unseen > 50 || Instant::now() > deadline {
+            let log = fs::read_to_string(lab.dir.join("qemu.log")).unwrap_or_default();
+            bail!("cannot reach the lab ({error}); QEMU said:\n{log}");
         }
+        // QEMU makes its socket within milliseconds; there is no event to wait for.
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
