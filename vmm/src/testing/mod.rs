@@ -1,1 +1,18 @@
-//! testing.
+//! The guest's side of virtio, for unit tests, fuzz targets and benches.
+//!
+//! A [`Guest`] is memory with a bump allocator, a [`DriverQueue`] is a driver's half of a split
+//! virtqueue, well-behaved or not, and a [`Rig`] is a device with its queues on a reactor that the
+//! test turns by hand: no thread, no sleep. [`suite`] is what every device has to pass, [`hostile`]
+//! turns bytes into a driver's misdeeds.
+//!
+//! Everything here panics on trouble of its own: in a test that is the right answer.
+
+mod driver;
+mod guest;
+pub mod hostile;
+mod rig;
+pub mod suite;
+
+pub use driver::{DriverQueue, Used, flags};
+pub use guest::{Buffer, Guest};
+pub use rig::Rig;
