@@ -4,3 +4,4 @@
 
 pub mod doorbell;
 pub mod reactor;
+pub mod vectored;

@@ -1,0 +1,120 @@
+//! Identity, features and configuration space.
+
+use std::sync::Arc;
+
+use super::handle::Shared;
+use super::port::Port;
+use super::worker::Worker;
+use super::{
+    ConsoleConfig, ConsoleError, DEVICE_ID, F_MULTIPORT, F_SIZE, Handle, MAX_PORTS, RECEIVE_SIZE,
+    TRANSMIT_SIZE,
+};
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::sys::doorbell::Doorbell;
+use crate::sys::reactor::Running;
+
+/// The device; what the host does with its ports goes through a [`Handle`].
+#[derive(Debug)]
+pub struct Console {
+    shared: Arc<Shared>,
+    max_ports: u32,
+    running: Option<Running<Worker>>,
+}
+
+impl Console {
+    /// Makes an inactive console.
+    ///
+    /// # Errors
+    /// A number of ports that can't be, or no descriptor left for the doorbell.
+    pub fn new(config: ConsoleConfig) -> Result<Self, ConsoleError> {
+        let ConsoleConfig {
+            ports,
+            max_ports,
+            events,
+        } = config;
+        if !(1..=MAX_PORTS).contains(&max_ports) || ports.len() > max_ports as usize {
+            return Err(ConsoleError::Ports {
+                max_ports,
+                named: ports.len(),
+            });
+        }
+        let configured = ports.len();
+        let mut names = ports.into_iter().map(|port| port.name);
+        let ports = (0..max_ports as usize)
+            .map(|port| Port::new(names.next().unwrap_or_default(), port < configured))
+            .collect();
+        let doorbell = Doorbell::new().map_err(ConsoleError::Doorbell)?;
+        let shared = Arc::new(Shared::new(ports, doorbell, events));
+        Ok(Self {
+            shared,
+            max_ports,
+            running: None,
+        })
+    }
+
+    /// The host's way to the ports.
+    pub fn handle(&self) -> Handle {
+        Handle::new(Arc::clone(&self.shared))
+    }
+}
+
+impl VirtioDevice for Console {
+    fn id(&self) -> &str {
+        "console0"
+    }
+
+    fn device_type(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        // One pair for each port and one for control messages.
+        (0..=self.max_ports)
+            .flat_map(|_| [RECEIVE_SIZE, TRANSMIT_SIZE])
+            .collect()
+    }
+
+    fn features(&self) -> u64 {
+        F_SIZE | F_MULTIPORT
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let (cols, rows) = self
+            .shared
+            .lock()
+            .ports
+            .first()
+            .and_then(Port::size)
+            .unwrap_or((0, 0));
+        // `struct virtio_console_config` (virtio 1.2, 5.3.4), without emerg_wr, which is not offered.
+        let mut config = [0; 8];
+        config[..2].copy_from_slice(&cols.to_le_bytes());
+        config[2..4].copy_from_slice(&rows.to_le_bytes());
+        config[4..].copy_from_slice(&self.max_ports.to_le_bytes());
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let reactor = activation.reactor.clone();
+        let worker = Worker::new(Arc::clone(&self.shared), self.max_ports, activation)?;
+        self.running = Some(reactor.spawn(worker)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if self.running.take().is_none() {
+            return;
+        }
+        let mut table = self.shared.lock();
+        table.serving = None;
+        let events: Vec<_> = (0..)
+            .zip(&mut table.ports)
+            .filter_map(|(number, port)| Some(port.reset()?.of(number)))
+            .collect();
+        drop(table);
+        self.shared.report(events);
+    }
+}

@@ -1,0 +1,237 @@
+//! Owns the queues while the device is active.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use super::control::ControlQueues;
+use super::handle::{Shared, Table};
+use super::lane::{Lane, tokens_of};
+use super::{CONTROL_RECEIVE, CONTROL_TRANSMIT, F_MULTIPORT, PortEvent, queues_of};
+use crate::devices::virtio::queue::RingFault;
+use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Faults, Interrupt};
+use crate::sys::reactor::{self, Control, Interest, Readiness};
+
+/// Token of the handles' doorbell; a queue's token is its number.
+const HANDLES: usize = 0xffff;
+
+#[derive(Debug)]
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    /// Absent when the driver wants port 0 only.
+    control: Option<ControlQueues>,
+    lanes: Vec<Lane>,
+    interrupt: Interrupt,
+    faults: Faults,
+    broken: bool,
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        max_ports: u32,
+        mut activation: Activation,
+    ) -> Result<Self, ActivateError> {
+        let multiport = activation.features & F_MULTIPORT != 0;
+        let control = if multiport {
+            let receive = activation.require_queue(CONTROL_RECEIVE)?;
+            let transmit = activation.require_queue(CONTROL_TRANSMIT)?;
+            Some(ControlQueues::new(receive, transmit))
+        } else {
+            None
+        };
+        let ports = if multiport { max_ports } else { 1 };
+        let lanes = (0..ports)
+            .map(|port| {
+                let (receive, transmit) = queues_of(port);
+                Lane::new(
+                    port,
+                    activation.take_queue(receive),
+                    activation.take_queue(transmit),
+                )
+            })
+            .collect();
+        let Activation {
+            interrupt, faults, ..
+        } = activation;
+        Ok(Self {
+            shared,
+            control,
+            lanes,
+            interrupt,
+            faults,
+            broken: false,
+        })
+    }
+
+    fn queues(&self) -> impl Iterator<Item = &ActiveQueue> {
+        let control = self.control.iter().flat_map(ControlQueues::queues);
+        control.chain(self.lanes.iter().flat_map(Lane::queues))
+    }
+
+    /// The port a queue belongs to, if it is a data queue.
+    fn port_of(&self, queue: usize) -> Option<u32> {
+        (0..self.lanes.len() as u32).find(|port| {
+            let (receive, transmit) = queues_of(*port);
+            [receive, transmit].map(usize::from).contains(&queue)
+        })
+    }
+
+    /// Silences a doorbell: what it rang for is about to be looked at.
+    fn clear(&self, token: usize) {
+        let cleared = if token == HANDLES {
+            self.shared.doorbell.clear()
+        } else {
+            match self
+                .queues()
+                .find(|queue| usize::from(queue.index) == token)
+            {
+                Some(queue) => queue.doorbell.clear(),
+                None => return,
+            }
+        };
+        if let Err(error) = cleared {
+            tracing::error!(%error, "Console's doorbell can't be silenced");
+        }
+    }
+
+    /// Sees to the ports named, then to the messages that came of it.
+    fn serve(
+        &mut self,
+        ports: impl IntoIterator<Item = u32>,
+        table: &mut Table,
+        control: &mut Control<'_>,
+        events: &mut Vec<PortEvent>,
+    ) -> Result<(), RingFault> {
+        let metrics = &self.shared.metrics;
+        for number in ports {
+            if let (Some(lane), Some(port)) = (
+                self.lanes.get_mut(number as usize),
+                table.ports.get_mut(number as usize),
+            ) {
+                lane.serve(port, &self.interrupt, metrics, control, events)?;
+            }
+        }
+        if let Some(queues) = &mut self.control {
+            queues.tell(&mut table.ports, &self.interrupt, metrics, events)?;
+        }
+        Ok(())
+    }
+
+    fn listen(
+        &mut self,
+        table: &mut Table,
+        control: &mut Control<'_>,
+        events: &mut Vec<PortEvent>,
+    ) -> Result<(), RingFault> {
+        let Some(queues) = &mut self.control else {
+            return Ok(());
+        };
+        let changes = queues.listen(
+            &mut table.ports,
+            &self.interrupt,
+            &self.shared.metrics,
+            events,
+        )?;
+        if changes.device_ready {
+            table.serving = Some(thread::current().id());
+        }
+        self.serve(changes.ports, table, control, events)
+    }
+
+    fn dispatch(
+        &mut self,
+        control: &mut Control<'_>,
+        token: usize,
+        readiness: Readiness,
+        events: &mut Vec<PortEvent>,
+    ) -> Result<(), RingFault> {
+        self.clear(token);
+        let shared = Arc::clone(&self.shared);
+        let mut table = shared.lock();
+        if token == HANDLES {
+            let changed = std::mem::take(&mut table.changed);
+            return self.serve(changed, &mut table, control, events);
+        }
+        if token == usize::from(CONTROL_TRANSMIT) {
+            return self.listen(&mut table, control, events);
+        }
+        if let Some(port) = self.port_of(token) {
+            return self.serve([port], &mut table, control, events);
+        }
+        for (number, port) in (0..).zip(&mut table.ports) {
+            let (input, output) = tokens_of(number);
+            if token != input && token != output {
+                continue;
+            }
+            if let Some(attachment) = port.attachment() {
+                if let (true, Some(source)) = (token == input, &mut attachment.input) {
+                    source.ready |= readiness.readable;
+                }
+                if let (true, Some(sink)) = (token == output, &mut attachment.output) {
+                    sink.blocked &= !readiness.writable;
+                }
+            }
+            return self.serve([number], &mut table, control, events);
+        }
+        // The driver supplied buffers for control messages.
+        self.serve([], &mut table, control, events)
+    }
+
+    /// Runs `f` unless the device is broken, and breaks it if `f` says so.
+    fn guarded(
+        &mut self,
+        control: &mut Control<'_>,
+        f: impl FnOnce(&mut Self, &mut Control<'_>, &mut Vec<PortEvent>) -> Result<(), RingFault>,
+    ) {
+        if self.broken {
+            return;
+        }
+        let mut events = Vec::new();
+        if let Err(fault) = f(self, control, &mut events) {
+            self.broken = true;
+            self.faults.needs_reset(&fault);
+            let queues: Vec<_> = self
+                .queues()
+                .map(|queue| usize::from(queue.index))
+                .collect();
+            let ends = (0..self.lanes.len() as u32).map(tokens_of);
+            for token in queues
+                .into_iter()
+                .chain(ends.flat_map(|(a, b)| [a, b]))
+                .chain([HANDLES])
+            {
+                control.remove(token);
+            }
+        }
+        self.shared.report(events);
+    }
+}
+
+impl reactor::Worker for Worker {
+    fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
+        for queue in self.queues() {
+            control.add(&queue.doorbell, usize::from(queue.index), Interest::READ)?;
+        }
+        control.add(&self.shared.doorbell, HANDLES, Interest::READ)?;
+        // Whatever the driver did before it set DRIVER_OK, and whatever was attached before.
+        self.guarded(control, |worker, control, events| {
+            let shared = Arc::clone(&worker.shared);
+            let mut table = shared.lock();
+            if worker.control.is_none()
+                && let Some(port) = table.ports.first_mut()
+            {
+                events.extend(port.assume_open().map(|event| event.of(0)));
+            }
+            worker.serve(0..worker.lanes.len() as u32, &mut table, control, events)?;
+            worker.listen(&mut table, control, events)
+        });
+        Ok(())
+    }
+
+    fn ready(&mut self, control: &mut Control<'_>, token: usize, readiness: Readiness) {
+        self.guarded(control, |worker, control, events| {
+            worker.dispatch(control, token, readiness, events)
+        });
+    }
+}
