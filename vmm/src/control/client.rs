@@ -1,0 +1,234 @@
+//! The parent's side: a VM in a process of its own, held by a [`VmHandle`].
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
+use super::spec::{BootSpec, Files, SpawnConfig};
+use super::supervisor::{Shared, supervise};
+
+/// What everything but a boot may take. The child answers from memory.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A VM's process did not start, or did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The thread that watches over the child.
+    #[error("Start a thread for VM {name}")]
+    Thread {
+        /// The VM.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket between the two.
+    #[error("Create a control socket")]
+    Socket(#[source] io::Error),
+    /// The program could not be executed.
+    #[error("Execute {} as VMM", exe.display())]
+    Spawn {
+        /// The program.
+        exe: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The child could not join its cgroup.
+    #[error("Add process {pid} to {}", path.display())]
+    Cgroup {
+        /// The `cgroup.procs` file.
+        path: PathBuf,
+        /// The child.
+        pid: u32,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The program is not a VMM child, or one that failed at its start.
+    #[error("{} gave no greeting of a VMM: {found}", exe.display())]
+    Greeting {
+        /// The program.
+        exe: PathBuf,
+        /// What came instead.
+        found: String,
+    },
+    /// The request itself can't be sent.
+    #[error("Request {request}: {found}")]
+    Request {
+        /// The request.
+        request: &'static str,
+        /// What is wrong with it.
+        found: String,
+    },
+    /// No answer in time. The request may still happen.
+    #[error("No answer to {request} within {after:?}")]
+    Timeout {
+        /// The request.
+        request: &'static str,
+        /// The deadline.
+        after: Duration,
+    },
+    /// The child says no.
+    #[error(transparent)]
+    Refused(#[from] ErrorMessage),
+    /// There is no VM any more.
+    #[error("The VM has ended: {0}")]
+    Ended(Exit),
+}
+
+/// A VMM process. Dropping it kills and reaps the process.
+pub struct VmHandle {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for VmHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmHandle")
+            .field("pid", &self.shared.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VmHandle {
+    /// Starts the process and waits for its greeting. No VM is made yet.
+    ///
+    /// Any thread may call this: the process follows a thread of its own that lives as long.
+    /// `on_event` is called from that thread, in order; while it blocks, nothing is read from the
+    /// child. Once this has returned a handle, [`Event::Ended`] comes exactly once and last, with
+    /// the process reaped.
+    pub fn spawn(
+        config: SpawnConfig,
+        on_event: Box<dyn Fn(Event) + Send>,
+    ) -> Result<Self, ControlError> {
+        let (started, result) = mpsc::sync_channel(1);
+        let name = config.name.clone();
+        thread::Builder::new()
+            .name("vmm-control".to_owned())
+            .spawn(move || supervise(&config, &on_event, &started))
+            .map_err(|source| ControlError::Thread {
+                name: name.clone(),
+                source,
+            })?;
+        match result.recv() {
+            Ok(shared) => Ok(Self { shared: shared? }),
+            Err(_) => Err(ControlError::Thread {
+                name,
+                source: io::Error::other("it ended early"),
+            }),
+        }
+    }
+
+    /// The child's process id. It is the child's until [`Event::Ended`].
+    pub fn pid(&self) -> u32 {
+        self.shared.pid
+    }
+
+    /// Makes the VM and starts its processors. Legal once.
+    pub fn boot(&self, spec: &BootSpec, timeout: Duration) -> Result<(), ControlError> {
+        self.shared.state().max_ports = spec.console.as_ref().map_or(0, |c| c.max_ports);
+        let (boot, files) = spec.to_message();
+        self.shared
+            .done("boot", Body::Boot(Box::new(boot)), &files, timeout)
+    }
+
+    /// Opens a console port to the guest: `input` is what the guest reads, `output` takes what it
+    /// writes.
+    pub fn attach_port(
+        &self,
+        port: u32,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> Result<(), ControlError> {
+        let mut files = Files::default();
+        let body = Body::AttachPort {
+            port,
+            input: input.as_ref().map(|file| files.add(file)),
+            output: output.as_ref().map(|file| files.add(file)),
+        };
+        self.shared
+            .done("attach port", body, &files.0, REQUEST_TIMEOUT)
+    }
+
+    /// Closes the host's side of a console port.
+    pub fn detach_port(&self, port: u32) -> Result<(), ControlError> {
+        self.ask("detach port", Body::DetachPort { port })
+    }
+
+    /// Ends a port's input: the guest reads what came before, then end of file.
+    pub fn close_input(&self, port: u32) -> Result<(), ControlError> {
+        self.ask("close input", Body::CloseInput { port })
+    }
+
+    /// Tells the guest the size of the terminal behind a port.
+    pub fn resize_port(&self, port: u32, columns: u16, rows: u16) -> Result<(), ControlError> {
+        self.ask(
+            "resize port",
+            Body::ResizePort {
+                port,
+                columns,
+                rows,
+            },
+        )
+    }
+
+    /// Asks the guest for `bytes` of its memory.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        self.ask("set balloon", Body::SetBalloon { bytes })
+    }
+
+    /// What the balloon holds and the guest last reported.
+    pub fn balloon_stats(&self) -> Result<BalloonStats, ControlError> {
+        match self
+            .shared
+            .call("balloon stats", Body::BalloonStats, &[], REQUEST_TIMEOUT)?
+        {
+            Answer::BalloonStats(stats) => Ok(stats),
+            Answer::Done => Err(self.shared.wrong_answer("balloon stats")),
+        }
+    }
+
+    /// Ends the VM, by force when it takes longer than `timeout`. The process is reaped.
+    pub fn stop(&self, timeout: Duration) -> Exit {
+        let deadline = Instant::now() + timeout;
+        if let Err(error) = self.shared.done("stop", Body::Stop, &[], timeout) {
+            tracing::debug!(%error, "the VM did not stop when asked");
+        }
+        let mut state = self.shared.state();
+        while state.exit.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(state);
+                return self.shared.end();
+            }
+            state = self
+                .shared
+                .ended
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state.exit.clone().unwrap_or(Exit::Stopped)
+    }
+
+    /// Kills the process and reaps it.
+    pub fn kill(&self) {
+        self.shared.reap();
+    }
+
+    fn ask(&self, request: &'static str, body: Body) -> Result<(), ControlError> {
+        self.shared.done(request, body, &[], REQUEST_TIMEOUT)
+    }
+}
+
+impl Drop for VmHandle {
+    fn drop(&mut self) {
+        self.shared.reap();
+    }
+}

@@ -1,0 +1,41 @@
+//! The boundary between a program and a VM in a process of its own.
+//!
+//! [`VmHandle::spawn`] executes this program again as a VMM process, confined before it reads its
+//! first request; [`VmHandle::boot`] makes the VM in it. The two talk over one socket, the child's
+//! standard input. Either side's end is the end of that socket for the other: no VM outlives its
+//! parent, and no VM ends unseen.
+
+mod client;
+mod frame;
+mod log;
+mod message;
+mod outbox;
+mod server;
+mod spec;
+mod supervisor;
+
+pub use client::{ControlError, VmHandle};
+pub use message::{BalloonStats, ErrorKind, ErrorMessage, Event, Exit, LogLevel, VERSION};
+pub(crate) use server::{give_up, serve};
+pub use spec::{BootSpec, ConsoleSpec, DiskSpec, SpawnConfig, VsockSpec};
+
+/// `argv[0]` of a VMM process.
+pub(crate) const ARG0: &str = "supermachine-vmm";
+
+/// `argv[1]` of a VMM process. The VM's name and the log level follow.
+pub(crate) const ARG1: &str = "vmm";
+
+/// An error with its causes, in one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    log::clean(&text, log::MAX_LINE)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+//! What a parent asks of a new VMM process and of the VM in it.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use super::message::{Boot, Console, Disk, FileIndex, LogLevel, Vsock};
+
+/// How to start the VMM process.
+#[derive(Debug, Clone)]
+pub struct SpawnConfig {
+    /// The program: one whose `main` calls [`child::main`](crate::child::main) first.
+    pub exe: PathBuf,
+    /// Shown in the process list.
+    pub name: String,
+    /// The `cgroup.procs` the process joins before it is asked for anything; its parent's cgroup
+    /// when absent.
+    pub cgroup_procs: Option<PathBuf>,
+    /// The child logs this and what is more serious.
+    pub log_level: LogLevel,
+}
+
+impl SpawnConfig {
+    /// This program, in this process's cgroup, quiet.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            exe: PathBuf::from("/proc/self/exe"),
+            name: name.into(),
+            cgroup_procs: None,
+            log_level: LogLevel::Warn,
+        }
+    }
+}
+
+/// A VM to boot. The files are open: the child opens nothing itself.
+#[derive(Debug)]
+pub struct BootSpec {
+    /// Number of processors, 1 or more.
+    pub vcpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// An ELF vmlinux or a bzImage.
+    pub kernel: File,
+    /// The initial file system.
+    pub initramfs: Option<File>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where what the guest writes to its serial port goes; dropped when absent.
+    pub serial: Option<OwnedFd>,
+    /// Block devices, in the guest's order.
+    pub disks: Vec<DiskSpec>,
+    /// A console device.
+    pub console: Option<ConsoleSpec>,
+    /// A vsock device.
+    pub vsock: Option<VsockSpec>,
+    /// A balloon device.
+    pub balloon: bool,
+    /// An entropy device.
+    pub rng: bool,
+}
+
+/// One block device.
+#[derive(Debug)]
+pub struct DiskSpec {
+    /// A raw image or a block device, open for what `read_only` says.
+    pub file: File,
+    /// Whether the guest is refused writes.
+    pub read_only: bool,
+    /// The device id the guest reads, at most 20 bytes.
+    pub serial: String,
+}
+
+/// The console device.
+#[derive(Debug)]
+pub struct ConsoleSpec {
+    /// Names of ports that exist from the start, from port 0.
+    pub ports: Vec<String>,
+    /// Ports the device has room for.
+    pub max_ports: u32,
+}
+
+/// The vsock device.
+#[derive(Debug)]
+pub struct VsockSpec {
+    /// The guest's context id, 3 or more.
+    pub cid: u32,
+    /// Where host programs ask for a connection into the guest.
+    pub listener: UnixListener,
+}
+
+impl BootSpec {
+    /// The message, and the files in the places it names.
+    pub(super) fn to_message(&self) -> (Boot, Vec<BorrowedFd<'_>>) {
+        let mut files = Files::default();
+        let boot = Boot {
+            vcpus: self.vcpus,
+            memory: self.memory,
+            kernel: files.add(&self.kernel),
+            initramfs: self.initramfs.as_ref().map(|file| files.add(file)),
+            cmdline: self.cmdline.clone(),
+            serial: self.serial.as_ref().map(|file| files.add(file)),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| Disk {
+                    file: files.add(&disk.file),
+                    read_only: disk.read_only,
+                    serial: disk.serial.clone(),
+                })
+                .collect(),
+            console: self.console.as_ref().map(|console| Console {
+                ports: console.ports.clone(),
+                max_ports: console.max_ports,
+            }),
+            vsock: self.vsock.as_ref().map(|vsock| Vsock {
+                cid: vsock.cid,
+                listener: files.add(&vsock.listener),
+            }),
+            balloon: self.balloon,
+            rng: self.rng,
+        };
+        (boot, files.0)
+    }
+}
+
+/// Files of a frame, in the order of their places.
+#[derive(Debug, Default)]
+pub(super) struct Files<'a>(pub(super) Vec<BorrowedFd<'a>>);
+
+impl<'a> Files<'a> {
+    pub(super) fn add(&mut self, file: &'a impl AsFd) -> FileIndex {
+        self.0.push(file.as_fd());
+        self.0.len() - 1
+    }
+}

@@ -1,0 +1,200 @@
+//! Guests of a few instructions, run by a VMM process on /dev/kvm.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
+
+use libtest_mimic::{Completion, Failed, Trial};
+use supermachine_vmm::control::{BootSpec, ConsoleSpec, ControlError, ErrorKind, Exit};
+
+use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, exists, kill_9, test};
+
+/// Writes "hi" to the first serial port, then meets an undefined instruction with no handler.
+const SAY_HI: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, b'h', 0xee, // mov al, 'h'; out dx, al
+    0xb0, b'i', 0xee, // mov al, 'i'; out dx, al
+    0x0f, 0x0b, // ud2
+];
+
+/// Writes "x", then waits for interrupts that never come.
+const HALT: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, b'x', 0xee, // mov al, 'x'; out dx, al
+    0xfa, // cli
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp to the hlt
+];
+
+/// Writes "x", then never leaves the guest.
+const SPIN: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, b'x', 0xee, // mov al, 'x'; out dx, al
+    0xeb, 0xfe, // jmp to itself
+];
+
+pub fn tests() -> Vec<Trial> {
+    vec![
+        kvm_test("bare_metal::output_then_triple_fault", output),
+        kvm_test("bare_metal::stopped_when_halted", || stopped(HALT)),
+        kvm_test("bare_metal::stopped_when_spinning", || stopped(SPIN)),
+        kvm_test("bare_metal::killed_when_spinning", killed),
+        kvm_test("bare_metal::boots_once", boots_once),
+        test("bare_metal::kernel_that_is_none", kernel_that_is_none),
+        test("bare_metal::requests_before_boot", requests_before_boot),
+        kvm_test("bare_metal::requests_to_absent_devices", absent_devices),
+    ]
+}
+
+/// A test that needs /dev/kvm; says why when it can't run.
+fn kvm_test(name: &str, run: fn() -> Outcome) -> Trial {
+    Trial::ignorable_test(name, move || {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        if let Err(error) = kvm {
+            return Ok(Completion::ignored_with(format!("/dev/kvm: {error}")));
+        }
+        run().map(|()| Completion::Completed)
+    })
+}
+
+pub fn no_kernel() -> Result<BootSpec, Failed> {
+    Ok(BootSpec {
+        vcpus: 1,
+        memory: 64 << 20,
+        kernel: File::open("/dev/null")?,
+        initramfs: None,
+        cmdline: String::new(),
+        serial: None,
+        disks: Vec::new(),
+        console: Some(ConsoleSpec {
+            ports: vec!["one".to_owned()],
+            max_ports: 1,
+        }),
+        vsock: None,
+        balloon: false,
+        rng: false,
+    })
+}
+
+/// A VM that runs `code`, and what it writes to its serial port.
+fn guest(code: &[u8]) -> Result<(BootSpec, std::io::PipeReader), Failed> {
+    let (reader, writer) = std::io::pipe()?;
+    let mut kernel = tempfile::tempfile()?;
+    kernel.write_all(&elf(code))?;
+    kernel.rewind()?;
+    let spec = BootSpec {
+        kernel,
+        serial: Some(OwnedFd::from(writer)),
+        ..no_kernel()?
+    };
+    Ok((spec, reader))
+}
+
+/// An ELF file of one segment, loaded and entered at 16 MiB.
+fn elf(code: &[u8]) -> Vec<u8> {
+    const ENTRY: u64 = 16 << 20;
+    const HEADERS: u64 = 64 + 56;
+    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
+    file.resize(16, 0);
+    file.extend(2u16.to_le_bytes()); // ET_EXEC
+    file.extend(62u16.to_le_bytes()); // EM_X86_64
+    file.extend(1u32.to_le_bytes());
+    for word in [ENTRY, 64, 0] {
+        file.extend(word.to_le_bytes()); // entry, program headers, section headers
+    }
+    file.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes()); // sizes and counts of headers
+    }
+    file.extend(1u32.to_le_bytes()); // PT_LOAD
+    file.extend(7u32.to_le_bytes());
+    let size = code.len() as u64;
+    for word in [HEADERS, ENTRY, ENTRY, size, size, 4096] {
+        file.extend(word.to_le_bytes()); // offset, addresses, sizes, alignment
+    }
+    file.extend(code);
+    file
+}
+
+/// Boots `code` and waits for its first byte.
+fn running(code: &[u8]) -> Result<Vm, Failed> {
+    let vm = Vm::spawn("guest")?;
+    let (spec, mut serial) = guest(code)?;
+    vm.handle.boot(&spec, DEADLINE)?;
+    drop(spec);
+    let mut byte = [0];
+    serial.read_exact(&mut byte)?;
+    Ok(vm)
+}
+
+fn output() -> Outcome {
+    let vm = Vm::spawn("output")?;
+    let (spec, mut serial) = guest(SAY_HI)?;
+    vm.handle.boot(&spec, DEADLINE)?;
+    // Only the child's copy of the pipe stays, so its end is the child's.
+    drop(spec);
+    let mut text = String::new();
+    serial.read_to_string(&mut text)?;
+    check_eq(text.as_str(), "hi")?;
+    check_eq(vm.end()?, Exit::TripleFault)?;
+    check(!exists(vm.handle.pid()), "the process is still there")
+}
+
+fn stopped(code: &[u8]) -> Outcome {
+    let vm = running(code)?;
+    check_eq(vm.handle.stop(DEADLINE), Exit::Stopped)?;
+    check_eq(vm.end()?, Exit::Stopped)
+}
+
+fn killed() -> Outcome {
+    let vm = running(SPIN)?;
+    kill_9(vm.handle.pid())?;
+    check_eq(vm.end()?, Exit::Killed { signal: 9 })
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, ControlError>, kind: ErrorKind) -> Outcome {
+    match result {
+        Err(ControlError::Refused(message)) if message.kind == kind => Ok(()),
+        result => Err(format!("found {result:?}, expected a refusal of kind {kind:?}").into()),
+    }
+}
+
+fn boots_once() -> Outcome {
+    let vm = running(HALT)?;
+    let (again, _serial) = guest(HALT)?;
+    refused(vm.handle.boot(&again, DEADLINE), ErrorKind::State)?;
+    check_eq(vm.handle.stop(DEADLINE), Exit::Stopped)
+}
+
+fn kernel_that_is_none() -> Outcome {
+    let vm = Vm::spawn("no-kernel")?;
+    let boot = vm.handle.boot(&no_kernel()?, DEADLINE);
+    // Where there is no hypervisor either, that may be what is found first.
+    if File::open("/dev/kvm").is_ok() {
+        refused(boot, ErrorKind::Invalid)?;
+    } else {
+        check(
+            matches!(boot, Err(ControlError::Refused(_))),
+            format!("found {boot:?}"),
+        )?;
+    }
+    // It answered and lives.
+    check_eq(vm.handle.stop(DEADLINE), Exit::Stopped)
+}
+
+fn requests_before_boot() -> Outcome {
+    let vm = Vm::spawn("early")?;
+    refused(vm.handle.attach_port(0, None, None), ErrorKind::State)?;
+    refused(vm.handle.set_balloon(0), ErrorKind::State)?;
+    refused(vm.handle.balloon_stats(), ErrorKind::State)
+}
+
+fn absent_devices() -> Outcome {
+    let vm = Vm::spawn("bare")?;
+    let (mut spec, _serial) = guest(HALT)?;
+    spec.console = None;
+    vm.handle.boot(&spec, DEADLINE)?;
+    refused(vm.handle.attach_port(0, None, None), ErrorKind::State)?;
+    refused(vm.handle.close_input(0), ErrorKind::State)?;
+    refused(vm.handle.set_balloon(0), ErrorKind::State)
+}

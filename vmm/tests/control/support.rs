@@ -1,0 +1,95 @@
+//! A VMM process whose events are collected.
+
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use libtest_mimic::{Failed, Trial};
+use supermachine_vmm::control::{ControlError, Event, Exit, SpawnConfig, VmHandle};
+
+/// No test waits longer for anything.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+pub type Outcome = Result<(), Failed>;
+
+/// A test that can always run.
+pub fn test(name: &str, run: fn() -> Outcome) -> Trial {
+    Trial::test(name, run)
+}
+
+pub struct Vm {
+    pub handle: VmHandle,
+    pub events: Receiver<Event>,
+}
+
+impl Vm {
+    pub fn spawn(name: &str) -> Result<Self, ControlError> {
+        let (sender, events) = mpsc::channel();
+        let handle = VmHandle::spawn(
+            SpawnConfig::new(name),
+            Box::new(move |event| {
+                // Nobody listens any more when a test has failed.
+                let _ = sender.send(event);
+            }),
+        )?;
+        Ok(Self { handle, events })
+    }
+
+    /// Everything up to the end, which must come, and the end itself.
+    pub fn all_events(&self) -> Result<(Vec<Event>, Exit), Failed> {
+        let mut before = Vec::new();
+        loop {
+            match self.events.recv_timeout(DEADLINE) {
+                Ok(Event::Ended(exit)) => break self.nothing_follows().map(|()| (before, exit)),
+                Ok(event) => before.push(event),
+                Err(error) => return Err(format!("No end: {error}").into()),
+            }
+        }
+    }
+
+    pub fn end(&self) -> Result<Exit, Failed> {
+        Ok(self.all_events()?.1)
+    }
+
+    /// The supervisor drops the callback, and with it the sender, after the last event.
+    fn nothing_follows(&self) -> Outcome {
+        match self.events.recv_timeout(DEADLINE) {
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(()),
+            other => Err(format!("After the end came {other:?}").into()),
+        }
+    }
+}
+
+/// Whether the process is there, a zombie included.
+pub fn exists(pid: u32) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}")).exists()
+}
+
+pub fn kill_9(pid: u32) -> Outcome {
+    let pid = rustix::process::Pid::from_raw(pid as i32).ok_or("no pid")?;
+    Ok(rustix::process::kill_process(
+        pid,
+        rustix::process::Signal::KILL,
+    )?)
+}
+
+pub fn check(condition: bool, message: impl Into<String>) -> Outcome {
+    if condition {
+        return Ok(());
+    }
+    Err(message.into().into())
+}
+
+pub fn check_eq<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Outcome {
+    check(
+        found == expected,
+        format!("found {found:?}, expected {expected:?}"),
+    )
+}
+
+/// Checks that a VM ended by a fault whose reason holds `part`.
+pub fn check_fault(exit: &Exit, part: &str) -> Outcome {
+    match exit {
+        Exit::Fault(reason) if reason.contains(part) => Ok(()),
+        exit => Err(format!("found {exit:?}, expected a fault with {part:?}").into()),
+    }
+}
