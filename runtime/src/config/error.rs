@@ -60,7 +60,7 @@ impl Error {
         let (message, expected) = error
             .message()
             .rsplit_once(", expected ")
-            .unwrap_or((error.message(), "another value"));
+            .unwrap_or_else(|| (error.message(), "another value"));
         let expected = expected.to_owned();
         if message.starts_with("unknown field") {
             Self::UnknownKey {

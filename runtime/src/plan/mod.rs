@@ -1,1 +1,157 @@
-//! Not written yet.
+//! What a container needs, decided without touching anything.
+//!
+//! [`plan`] is a pure function of the request, its OCI configuration, what is known of the host
+//! and the administrator's configuration. Its result can be printed (`supermachine plan BUNDLE`)
+//! and compared, which is how it is tested. [`crate::acquire`] carries it out.
+
+mod facts;
+mod guest_spec;
+mod machine;
+mod rootfs;
+
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Process, Spec};
+use serde::Serialize;
+
+use crate::config::Resolved;
+use crate::request::{Create, Stream};
+
+pub use facts::HostFacts;
+pub use rootfs::{DISKS_MAX, Disk, Rootfs, Source};
+
+/// Why a request can't be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Leaving it out would change what the container was promised.
+    #[error("{key} is not supported in a microVM: {reason}")]
+    Unsupported { key: String, reason: String },
+    #[error("{key} is missing from the container's configuration")]
+    Missing { key: &'static str },
+    #[error("{key} is {value:?}; expected {expected}")]
+    Invalid {
+        key: String,
+        value: String,
+        expected: &'static str,
+    },
+}
+
+/// Everything that is to be acquired and started for one container.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// The container's identifier.
+    pub id: String,
+    /// Virtual processors of the machine.
+    pub vcpus: u32,
+    /// Memory of the machine in bytes, whole MiB.
+    pub memory: u64,
+    /// The guest kernel's command line.
+    pub cmdline: String,
+    /// The machine's disks, in the order they are attached.
+    pub disks: Vec<Disk>,
+    /// How the agent makes the root file system of those disks.
+    pub rootfs: Rootfs,
+    /// The container's host name, which the machine gets as well.
+    pub hostname: Option<String>,
+    /// Which streams the container's first process has.
+    pub stdio: Streams,
+    /// The host's cgroup for the machine, relative to the cgroup file systems' roots.
+    pub cgroup: Option<PathBuf>,
+    /// The host's processors the machine may run on, as a cpuset list; empty means all.
+    pub cpuset: String,
+    /// The OCI configuration as the guest is to run it.
+    pub guest_spec: Spec,
+    /// What was left out of the container's configuration, and why that is harmless.
+    pub left_out: Vec<LeftOut>,
+}
+
+impl Plan {
+    /// The plan as JSON whose text is always the same: sets in it have no order of their own.
+    ///
+    /// # Errors
+    /// A path in it isn't UTF-8.
+    pub fn to_json(&self) -> Result<serde_json::Value, serde_json::Error> {
+        let mut value = serde_json::to_value(self)?;
+        let capabilities = value.pointer_mut("/guest_spec/process/capabilities");
+        for set in capabilities
+            .and_then(|sets| sets.as_object_mut())
+            .into_iter()
+            .flatten()
+        {
+            if let Some(set) = set.1.as_array_mut() {
+                set.sort_by(|a, b| a.as_str().cmp(&b.as_str()));
+            }
+        }
+        Ok(value)
+    }
+}
+
+/// A key of the container's configuration that the guest doesn't get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    pub key: String,
+    pub reason: &'static str,
+}
+
+/// Which standard streams a process has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Streams {
+    pub terminal: bool,
+    pub stdin: bool,
+    pub stdout: bool,
+    pub stderr: bool,
+}
+
+/// The guest's kernel command line, before the administrator's additions: the serial port is a
+/// log and nothing else, a panic or reboot ends the machine at once.
+const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t tsc=reliable";
+
+/// Decides what the container of `create` needs.
+///
+/// # Errors
+/// The configuration misses something, contradicts itself, or asks for what a microVM can't give.
+pub fn plan(
+    create: &Create,
+    spec: &Spec,
+    facts: &HostFacts,
+    config: &Resolved,
+) -> Result<Plan, Error> {
+    let mut left_out = Vec::new();
+    let layout = rootfs::layout(create, spec, facts, config)?;
+    let shape = machine::shape(spec, facts, config)?;
+    let guest_spec = guest_spec::build(spec, create.id.as_str(), layout.read_only, &mut left_out)?;
+    let has = |stream: &Stream| *stream != Stream::None;
+    Ok(Plan {
+        id: create.id.to_string(),
+        vcpus: shape.vcpus,
+        memory: shape.memory,
+        cmdline: match config.kernel.cmdline.trim() {
+            "" => CMDLINE.to_owned(),
+            more => format!("{CMDLINE} {more}"),
+        },
+        disks: layout.disks,
+        rootfs: layout.rootfs,
+        hostname: spec.hostname().clone(),
+        stdio: Streams {
+            terminal: create.stdio.terminal,
+            stdin: has(&create.stdio.stdin),
+            stdout: has(&create.stdio.stdout),
+            stderr: has(&create.stdio.stderr),
+        },
+        cgroup: machine::host_cgroup(spec)?,
+        cpuset: shape.cpuset,
+        guest_spec,
+        left_out,
+    })
+}
+
+/// The process of an exec request as the guest is to run it.
+///
+/// # Errors
+/// As [`plan`], for the keys of a process.
+pub fn exec_process(process: &Process) -> Result<Process, Error> {
+    guest_spec::process(process, &mut Vec::new())
+}
+
+#[cfg(test)]
+mod tests;

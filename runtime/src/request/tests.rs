@@ -100,7 +100,7 @@ fn an_exec_needs_a_process() {
     Exec::new(
         "a",
         "b",
-        b"{\"args\":[\"sh\"],\"cwd\":\"/\"}",
+        b"{\"user\":{\"uid\":0,\"gid\":0},\"cwd\":\"/\"}",
         stdio.clone(),
     )
     .expect("valid");

@@ -1,0 +1,377 @@
+//! The OCI configuration as the guest is to run it: built new from what is known to make sense
+//! there. A key that would change what the container was promised is refused by name; one that
+//! means nothing in the guest is left out and listed.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Mount, Process, Root, Spec, User,
+};
+
+use super::{Error, LeftOut};
+
+mod resources;
+
+/// Kinds of mount that the guest's own kernel provides.
+const GUEST_MOUNTS: [&str; 7] = [
+    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
+];
+
+/// Device nodes that mean the same in every kernel: path, major, minor.
+const GUEST_DEVICES: [(&str, i64, i64); 8] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+    ("/dev/fuse", 10, 229),
+    ("/dev/net/tun", 10, 200),
+];
+
+pub(super) type Notes = Vec<LeftOut>;
+
+/// `Err` naming `key` if `present`.
+fn refuse(present: bool, key: &str, reason: &str) -> Result<(), Error> {
+    if present {
+        Err(Error::Unsupported {
+            key: key.to_owned(),
+            reason: reason.to_owned(),
+        })
+    } else {
+        Ok(())
+    }
+}
+
+fn leave_out(notes: &mut Notes, present: bool, key: &str, reason: &'static str) {
+    if present {
+        notes.push(LeftOut {
+            key: key.to_owned(),
+            reason,
+        });
+    }
+}
+
+fn some<T>(list: &Option<Vec<T>>) -> bool {
+    list.as_ref().is_some_and(|list| !list.is_empty())
+}
+
+/// Builds the guest's configuration. `read_only` is whether the container may write to its root.
+pub(super) fn build(
+    spec: &Spec,
+    id: &str,
+    read_only: bool,
+    notes: &mut Notes,
+) -> Result<Spec, Error> {
+    if !spec.version().starts_with("1.") {
+        let value = spec.version().clone();
+        return Err(Error::Invalid {
+            key: "ociVersion".into(),
+            value,
+            expected: "1.x",
+        });
+    }
+    let source = spec
+        .process()
+        .as_ref()
+        .ok_or(Error::Missing { key: "process" })?;
+    refuse_hooks(spec.hooks().as_ref())?;
+    refuse(
+        spec.vm().is_some(),
+        "vm",
+        "the machine is the administrator's to configure",
+    )?;
+
+    // Every field that `default()` fills is set below.
+    let mut root = Root::default();
+    root.set_path("rootfs".into()).set_readonly(Some(read_only));
+    let mut guest = Spec::default();
+    guest
+        .set_version(spec.version().clone())
+        .set_root(Some(root))
+        .set_process(Some(process(source, notes)?))
+        .set_hostname(spec.hostname().clone())
+        .set_domainname(spec.domainname().clone())
+        .set_annotations(spec.annotations().clone())
+        .set_mounts(Some(mounts(spec.mounts().as_deref().unwrap_or_default())?))
+        .set_linux(
+            spec.linux()
+                .as_ref()
+                .map(|linux| self::linux(linux, id, notes))
+                .transpose()?,
+        );
+    Ok(guest)
+}
+
+fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), Error> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    let reason = "programs to run on the host around the container's start are not run yet";
+    #[allow(deprecated, reason = "prestart is still what old clients send")]
+    let prestart = hooks.prestart();
+    for (key, list) in [
+        ("hooks.prestart", prestart),
+        ("hooks.createRuntime", hooks.create_runtime()),
+        ("hooks.createContainer", hooks.create_container()),
+        ("hooks.startContainer", hooks.start_container()),
+        ("hooks.poststart", hooks.poststart()),
+        ("hooks.poststop", hooks.poststop()),
+    ] {
+        refuse(some(list), key, reason)?;
+    }
+    Ok(())
+}
+
+/// The process, without what only the host could honour.
+pub(super) fn process(source: &Process, notes: &mut Notes) -> Result<Process, Error> {
+    if !some(source.args()) {
+        return Err(Error::Missing {
+            key: "process.args",
+        });
+    }
+    if !source.cwd().is_absolute() {
+        return Err(Error::Invalid {
+            key: "process.cwd".into(),
+            value: source.cwd().display().to_string(),
+            expected: "an absolute path",
+        });
+    }
+    let unsupported = "not passed to the guest yet";
+    refuse(
+        source.io_priority().is_some(),
+        "process.ioPriority",
+        unsupported,
+    )?;
+    refuse(
+        source.scheduler().is_some(),
+        "process.scheduler",
+        unsupported,
+    )?;
+    refuse(
+        source.exec_cpu_affinity().is_some(),
+        "process.execCPUAffinity",
+        unsupported,
+    )?;
+    let label = "the guest has no such security module";
+    let set = |label: &Option<String>| label.as_ref().is_some_and(|label| !label.is_empty());
+    leave_out(
+        notes,
+        set(source.apparmor_profile()),
+        "process.apparmorProfile",
+        label,
+    );
+    leave_out(
+        notes,
+        set(source.selinux_label()),
+        "process.selinuxLabel",
+        label,
+    );
+
+    let mut user = User::default();
+    user.set_uid(source.user().uid())
+        .set_gid(source.user().gid())
+        .set_umask(source.user().umask())
+        .set_additional_gids(source.user().additional_gids().clone());
+    let mut process = Process::default();
+    process
+        .set_terminal(source.terminal())
+        .set_console_size(source.console_size())
+        .set_user(user)
+        .set_args(source.args().clone())
+        .set_env(source.env().clone())
+        .set_cwd(source.cwd().clone())
+        .set_capabilities(source.capabilities().clone())
+        .set_rlimits(source.rlimits().clone())
+        .set_no_new_privileges(source.no_new_privileges())
+        .set_oom_score_adj(source.oom_score_adj());
+    Ok(process)
+}
+
+fn mounts(source: &[Mount]) -> Result<Vec<Mount>, Error> {
+    source
+        .iter()
+        .map(|mount| {
+            let at = mount.destination().display();
+            let key = format!("The mount at {at}");
+            let kind = mount.typ().as_deref().unwrap_or_default();
+            let options = mount.options().clone().unwrap_or_default();
+            let bind = matches!(kind, "bind" | "rbind")
+                || options
+                    .iter()
+                    .any(|option| matches!(option.as_str(), "bind" | "rbind"));
+            let from = mount.source().as_deref().unwrap_or_else(|| Path::new(""));
+            let reason = format!(
+                "the host's {} cannot be shared with the guest yet",
+                from.display()
+            );
+            refuse(bind, &key, &reason)?;
+            let known = GUEST_MOUNTS.contains(&kind);
+            refuse(
+                !known,
+                &key,
+                &format!("the guest has no file system of type {kind:?}"),
+            )?;
+            let mapped = some(mount.uid_mappings()) || some(mount.gid_mappings());
+            refuse(
+                mapped,
+                &key,
+                "id-mapped mounts are not passed to the guest yet",
+            )?;
+            let mut guest = Mount::default();
+            guest
+                .set_destination(mount.destination().clone())
+                .set_typ(Some(kind.to_owned()))
+                .set_source(mount.source().clone())
+                .set_options(mount.options().clone());
+            Ok(guest)
+        })
+        .collect()
+}
+
+fn linux(source: &Linux, id: &str, notes: &mut Notes) -> Result<Linux, Error> {
+    let unsupported = "not passed to the guest yet";
+    let mapped = some(source.uid_mappings()) || some(source.gid_mappings());
+    refuse(mapped, "linux.uidMappings", unsupported)?;
+    refuse(
+        source.intel_rdt().is_some(),
+        "linux.intelRdt",
+        "it is the host's to partition",
+    )?;
+    refuse(
+        source.memory_policy().is_some(),
+        "linux.memoryPolicy",
+        "the guest has one node",
+    )?;
+    let net_devices = source
+        .net_devices()
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty());
+    refuse(net_devices, "linux.netDevices", unsupported)?;
+    let offsets = source
+        .time_offsets()
+        .as_ref()
+        .is_some_and(|offsets| !offsets.is_empty());
+    refuse(offsets, "linux.timeOffsets", unsupported)?;
+    let label = source
+        .mount_label()
+        .as_ref()
+        .is_some_and(|label| !label.is_empty());
+    leave_out(
+        notes,
+        label,
+        "linux.mountLabel",
+        "the guest has no such security module",
+    );
+
+    let resources = match source.resources() {
+        Some(resources) => resources::build(resources, notes)?,
+        None => LinuxResources::default(),
+    };
+    let mut linux = Linux::default();
+    linux
+        .set_sysctl(source.sysctl().clone())
+        .set_resources(Some(resources))
+        .set_cgroups_path(Some(PathBuf::from(format!("/{id}"))))
+        .set_namespaces(Some(namespaces(
+            source.namespaces().as_deref().unwrap_or_default(),
+            notes,
+        )?))
+        .set_devices(devices(source.devices().as_deref())?)
+        .set_seccomp(source.seccomp().as_ref().map(seccomp).transpose()?)
+        .set_rootfs_propagation(source.rootfs_propagation().clone())
+        .set_masked_paths(source.masked_paths().clone())
+        .set_readonly_paths(source.readonly_paths().clone())
+        .set_personality(source.personality().clone());
+    Ok(linux)
+}
+
+/// The guest's namespaces. The machine is the network namespace: its interfaces are the
+/// container's.
+fn namespaces(source: &[LinuxNamespace], notes: &mut Notes) -> Result<Vec<LinuxNamespace>, Error> {
+    use LinuxNamespaceType as Type;
+    let mut guest = Vec::new();
+    for namespace in source {
+        let key = format!("linux.namespaces {}", name(namespace.typ()));
+        let path = namespace
+            .path()
+            .as_deref()
+            .filter(|path| *path != Path::new(""));
+        match (namespace.typ(), path) {
+            (Type::Network, None) => {
+                leave_out(
+                    notes,
+                    true,
+                    &key,
+                    "the machine is a network namespace of its own",
+                );
+            }
+            (Type::Network, Some(_)) => leave_out(
+                notes,
+                true,
+                &key,
+                "the host's network namespace is not connected yet: loopback is the only interface",
+            ),
+            (Type::User, _) => refuse(true, &key, "not passed to the guest yet")?,
+            (_, Some(path)) => {
+                let reason = format!("{} is the host's and cannot be joined", path.display());
+                refuse(true, &key, &reason)?;
+            }
+            (typ, None) => {
+                let mut own = LinuxNamespace::default();
+                own.set_typ(typ);
+                guest.push(own);
+            }
+        }
+    }
+    let has = |typ| guest.iter().any(|namespace| namespace.typ() == typ);
+    let reason = "without it the container would share the host's, which a machine cannot";
+    refuse(!has(Type::Pid), "A missing linux.namespaces pid", reason)?;
+    refuse(!has(Type::Ipc), "A missing linux.namespaces ipc", reason)?;
+    // These two only ever separate the container from its agent.
+    for typ in [Type::Mount, Type::Uts] {
+        if !guest.iter().any(|namespace| namespace.typ() == typ) {
+            let mut own = LinuxNamespace::default();
+            own.set_typ(typ);
+            guest.push(own);
+        }
+    }
+    Ok(guest)
+}
+
+/// A namespace as config.json calls it.
+fn name(typ: LinuxNamespaceType) -> String {
+    serde_json::to_value(typ)
+        .ok()
+        .and_then(|name| name.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+fn devices(source: Option<&[LinuxDevice]>) -> Result<Option<Vec<LinuxDevice>>, Error> {
+    let Some(source) = source else {
+        return Ok(None);
+    };
+    for device in source {
+        let same = GUEST_DEVICES.iter().any(|(path, major, minor)| {
+            (Path::new(path), *major, *minor)
+                == (device.path().as_path(), device.major(), device.minor())
+        });
+        let key = format!("The device {}", device.path().display());
+        let reason = format!(
+            "{}:{} is the host's and cannot be given to the guest",
+            device.major(),
+            device.minor()
+        );
+        refuse(!same, &key, &reason)?;
+    }
+    Ok(Some(source.to_vec()))
+}
+
+fn seccomp(source: &LinuxSeccomp) -> Result<LinuxSeccomp, Error> {
+    let listener = source.listener_path().is_some();
+    refuse(
+        listener,
+        "linux.seccomp.listenerPath",
+        "the listener is a process of the host's",
+    )?;
+    Ok(source.clone())
+}
