@@ -1,0 +1,85 @@
+//! Identity, features and configuration space.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use super::metrics::Metrics;
+use super::worker::Worker;
+use super::{DEVICE_ID, F_STREAM, MIN_CID, QUEUE_SIZES, VsockConfig, VsockError};
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::sys::reactor::Running;
+
+/// The device.
+#[derive(Debug)]
+pub struct Vsock {
+    cid: u32,
+    listener: UnixListener,
+    metrics: Arc<Metrics>,
+    running: Option<Running<Worker>>,
+}
+
+impl Vsock {
+    /// Makes an inactive device.
+    ///
+    /// # Errors
+    /// A reserved context id, or a listener that can't be set to non-blocking.
+    pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
+        let VsockConfig { cid, listener } = config;
+        if cid < MIN_CID || cid == u32::MAX {
+            return Err(VsockError::Cid { cid });
+        }
+        listener
+            .set_nonblocking(true)
+            .map_err(VsockError::Listener)?;
+        Ok(Self {
+            cid,
+            listener,
+            metrics: Arc::default(),
+            running: None,
+        })
+    }
+
+    /// What the device counted.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn id(&self) -> &str {
+        "vsock0"
+    }
+
+    fn device_type(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
+    }
+
+    fn features(&self) -> u64 {
+        F_STREAM
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // `guest_cid` (virtio 1.2, 5.10.4); its upper half is reserved and zero.
+        read_config_bytes(&u64::from(self.cid).to_le_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let reactor = activation.reactor.clone();
+        let listener = self.listener.try_clone()?;
+        let worker = Worker::new(self.cid, listener, Arc::clone(&self.metrics), activation)?;
+        self.running = Some(reactor.spawn(worker)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        // Waits for the worker; its sockets close with it.
+        self.running = None;
+    }
+}
