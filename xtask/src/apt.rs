@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::paths;
-use crate::step::{call, output, quiet, step, text};
+use crate::step::{output, quiet, step, text};
 
 /// Installs the packages that are missing on this machine.
 pub(crate) fn ensure(packages: &[&str]) -> Result<()> {
@@ -217,12 +217,6 @@ fn mirror_in(sources: &str, codename: &str) -> Option<String> {
             suites.any(|suite| suite == codename).then(|| uri.to_owned())
         })
     })
-}
-
-/// Runs a packaged command in the foreground, installing its package first.
-pub(crate) fn tool(package: &str, command: &mut Command) -> Result<()> {
-    ensure(&[package])?;
-    call(command)
 }
 
 #[cfg(test)]

@@ -178,11 +178,22 @@ fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
 }
 
 /// The configuration file of an installation below `root`.
-pub(crate) fn configuration(root: &Path, sha256: &str) -> String {
+fn configuration(root: &Path, sha256: &str) -> String {
     let share = root.join(SHARE);
     format!(
         "# Written by `cargo xtask build`.\n[kernel]\npath = \"{}\"\nsha256 = \"{sha256}\"\ninitramfs = \"{}\"\n",
         share.join("vmlinux").display(),
         share.join("initramfs.cpio").display(),
     )
+}
+
+/// A configuration for running what was built from where it is, with its data below `data`.
+pub(crate) fn native_configuration(data: &Path) -> Result<String> {
+    let root = layout()?;
+    let sha256 = sha256_file(&root.join(SHARE).join("vmlinux"))?;
+    Ok(format!(
+        "{}\n[rootfs]\ndirectory = \"{data}/writable\"\n\n[images]\ndirectory = \"{data}/images\"\n",
+        configuration(&root, &sha256),
+        data = data.display(),
+    ))
 }

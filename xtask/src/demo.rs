@@ -1,5 +1,51 @@
-//! placeholder
+//! `xtask demo`: from a fresh machine to containers in microVMs.
+
+use std::io;
+use std::time::Duration;
+
 use anyhow::Result;
+
+use crate::host::{self, Place};
+use crate::programs::{self, Launch};
+use crate::step::step;
+use crate::{build, images, lab};
+
+const LIMIT: Duration = Duration::from_secs(5 * 60);
+
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_args: &Args) -> Result<u8> { anyhow::bail!("not yet") }
+pub(crate) struct Args {
+    /// With the stock Debian kernel even if the lean one is cached
+    #[arg(long)]
+    stock: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<u8> {
+    let place = host::place();
+    host::announce(&place);
+    // Compiling keeps the processors busy, packages the network and the disk: at the same time.
+    std::thread::scope(|scope| -> Result<()> {
+        let prepared = scope.spawn(|| prepare(&place));
+        let kernel =
+            if args.stock { crate::kernel::stock::ensure()? } else { build::best_kernel()? };
+        eprintln!("    guest kernel: {} (`make kernel` builds the lean one)", kernel.name());
+        build::build(&kernel)?;
+        programs::build_bin("demo")?;
+        prepared.join().unwrap_or_else(|_| anyhow::bail!("preparing panicked"))
+    })?;
+    let launch = Launch {
+        program: "demo",
+        args: &["--images".to_owned(), "{images}".to_owned()],
+        timeout: Some(LIMIT),
+        out: None,
+        icount: false,
+    };
+    step("containers in microVMs", || programs::launch(&place, launch, &mut io::stdout()))
+}
+
+fn prepare(place: &Place) -> Result<()> {
+    images::ensure()?;
+    match place {
+        Place::Native => crate::containerd::binaries().map(drop),
+        Place::Lab(_) => lab::prepare(),
+    }
+}

@@ -19,7 +19,7 @@ use crate::{apt, paths};
 const RECIPE: &str = "1";
 
 /// The images: file, reference, command, and how the root file system is made.
-const IMAGES: &[Image] = &[
+pub(crate) const IMAGES: &[Image] = &[
     Image {
         file: "busybox.tar",
         reference: "supermachine.test/busybox:latest",
@@ -34,9 +34,12 @@ const IMAGES: &[Image] = &[
     },
 ];
 
-struct Image {
-    file: &'static str,
-    reference: &'static str,
+/// One image.
+pub(crate) struct Image {
+    /// The archive's file name.
+    pub(crate) file: &'static str,
+    /// The name containerd knows it by.
+    pub(crate) reference: &'static str,
     command: &'static [&'static str],
     make: fn(&Path) -> Result<()>,
 }
@@ -44,7 +47,7 @@ struct Image {
 /// The folder with the archives, made now where they are missing.
 pub(crate) fn ensure() -> Result<PathBuf> {
     let home = paths::cache()?.join("images");
-    let dir = home.join(format!("{RECIPE}-{}", apt::codename()?));
+    let dir = home.join(format!("{RECIPE}-{}", apt::codename()?)).join("images");
     let missing = |image: &&Image| !dir.join(image.file).exists();
     if IMAGES.iter().any(|image| missing(&image)) {
         let _lock = paths::lock(&home, "build")?;

@@ -12,6 +12,7 @@
 mod apt;
 mod bench;
 mod build;
+mod containerd;
 mod cpio;
 mod demo;
 mod host;
@@ -19,6 +20,7 @@ mod images;
 mod kernel;
 mod lab;
 mod paths;
+mod programs;
 mod step;
 mod test;
 

@@ -242,6 +242,8 @@ fn command(request: &Request, wrapper: &[&str]) -> Command {
     let enter = format!("echo $$ > {CGROUP}/cgroup.procs && exec \"$@\"");
     command.args(["-c", &enter, "lab"]).args(wrapper).args(&request.argv);
     command.env_clear().env("HOME", "/root").env("LANG", "C.UTF-8").env("PATH", super::PATH);
+    // On the disk: /tmp is memory, which a guest's disk image would eat.
+    command.env("TMPDIR", "/var/tmp");
     command.envs(request.env.iter().map(|(key, value)| (key, value))).current_dir("/root");
     command
 }

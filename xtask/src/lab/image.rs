@@ -11,24 +11,21 @@ use anyhow::{Context, Result, bail};
 use crate::cpio::Archive;
 use crate::kernel::{Kernel, stock};
 use crate::step::{hash, quiet, step};
-use crate::{apt, paths};
+use crate::containerd::{self, Containerd};
+use crate::{apt, images, paths};
 
 /// The suite of the root disk: its erofs-utils makes images from folders and tar streams well.
 const SUITE: &str = "trixie";
-/// The suite of containerd: 2.1, whose binaries run on any Debian since 12.
-const CONTAINERD_SUITE: &str = "sid";
-
 /// What the lab holds beside containerd.
 const PACKAGES: &[&str] = &[
     "base-files", "bash", "bsdutils", "busybox-static", "coreutils", "dash", "diffutils",
-    "e2fsprogs", "erofs-utils", "findutils", "grep", "iproute2", "iptables", "kmod", "libc-bin",
+    "e2fsprogs", "erofs-utils", "findutils", "grep", "gzip", "hostname", "iproute2", "iptables", "kmod", "libc-bin",
     "login", "lsof", "mount", "nftables", "procps", "psmisc", "qemu-system-x86", "runc", "sed",
     "strace", "tar", "util-linux", "gawk", "socat", "xz-utils", "zstd", "seabios",
 ];
 
 const BOOT: &str = include_str!("boot.sh");
 const INIT: &str = include_str!("init.sh");
-const CONTAINERD_CONFIG: &str = include_str!("containerd.toml");
 /// busybox init reaps what is left behind; the helper's end is the lab's.
 const INITTAB: &str = "::sysinit:/usr/lib/lab/boot\n::once:/usr/lib/lab/helper\n";
 const HELPER: &str = "#!/bin/sh\n/run/lab/xtask lab-guest > /dev/console 2>&1\npoweroff -f\n";
@@ -38,7 +35,7 @@ const FILES: &[(&str, u32, &str)] = &[
     ("usr/lib/lab/boot", 0o755, BOOT),
     ("usr/lib/lab/helper", 0o755, HELPER),
     ("etc/inittab", 0o644, INITTAB),
-    ("etc/containerd/config.toml", 0o644, CONTAINERD_CONFIG),
+    ("etc/containerd/config.toml", 0o644, containerd::CONFIG),
     ("etc/hostname", 0o644, "lab\n"),
     ("etc/hosts", 0o644, "127.0.0.1 localhost lab\n"),
     ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/:/usr/sbin/nologin\n"),
@@ -80,7 +77,7 @@ pub(super) fn ensure() -> Result<Image> {
 fn key(kernel: &Kernel) -> Result<String> {
     let version = kernel_version(kernel)?;
     let packages = PACKAGES.join(" ");
-    let mut parts = vec![SUITE, CONTAINERD_SUITE, &packages, INIT, &version];
+    let mut parts = vec![SUITE, &packages, INIT, &version];
     for (name, _, contents) in FILES {
         parts.extend([*name, *contents]);
     }
@@ -101,14 +98,13 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     paths::make_dir(&fresh)?;
 
     step("lab packages", || packages(&root))?;
-    let containerd = apt::Suite::open(CONTAINERD_SUITE)?.download(&["containerd"])?;
-    for deb in &containerd {
-        // Through the same merged /usr as the rest: unpacked aside, then copied.
-        let aside = work.path().join("containerd");
-        apt::unpack(deb, &aside)?;
-        quiet(Command::new("cp").arg("-a").arg(aside.join("usr/.")).arg(root.join("usr")))?;
-    }
+    // Through the same merged /usr as the rest.
+    let containerd = containerd::binaries()?.join("../.");
+    quiet(Command::new("cp").arg("-a").arg(containerd).arg(root.join("usr")))?;
     furnish(&root, kernel)?;
+    if let Err(error) = step("lab images", || preload(&root, work.path())) {
+        eprintln!("    runs import the images themselves ({error:#})");
+    }
     step("lab root disk", || disk(&root, &fresh.join("root.img")))?;
     initramfs(kernel, work.path(), &fresh.join("initramfs.cpio"))?;
 
@@ -141,6 +137,14 @@ fn packages(root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Imports the images by a containerd on this host: in the lab it takes a minute.
+fn preload(root: &Path, work: &Path) -> Result<()> {
+    let archives = images::ensure()?;
+    let containerd =
+        Containerd::start(&root.join("var/lib/containerd"), &work.join("state"), &[], &[])?;
+    containerd.import(&archives)
+}
+
 /// Configuration, kernel modules and what the maintainer scripts would have made.
 fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
     for (name, mode, contents) in FILES {
@@ -150,7 +154,7 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
             .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(*mode)))
             .with_context(|| format!("cannot write {name} of the lab"))?;
     }
-    for dir in ["out", "mnt", "root", "proc", "sys", "dev", "run", "tmp", "var/log"] {
+    for dir in ["out", "mnt", "root", "proc", "sys", "dev", "run", "tmp", "var/log", "var/tmp"] {
         paths::make_dir(&root.join(dir))?;
     }
     for (link, to) in [("usr/bin/awk", "gawk"), ("etc/mtab", "/proc/self/mounts")] {

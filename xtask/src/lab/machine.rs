@@ -195,7 +195,7 @@ fn write_initramfs(image: &Image, dir: &Path, to: &Path) -> Result<()> {
 }
 
 /// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
-fn ensure_qemu() -> Result<()> {
+pub(super) fn ensure_qemu() -> Result<()> {
     if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok() {
         return Ok(());
     }

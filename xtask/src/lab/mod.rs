@@ -10,6 +10,7 @@ mod machine;
 mod session;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -111,7 +112,7 @@ pub(crate) fn run(args: Args) -> Result<u8> {
                 icount: args.icount,
                 fresh: args.fresh,
             };
-            execute(run, install.as_deref(), None)
+            execute(run, install.as_deref(), None, &mut std::io::stdout())
         }
         Action::Shell(args) => shell(&args),
         Action::Up { memory } => up(&memory).map(|()| 0),
@@ -120,8 +121,14 @@ pub(crate) fn run(args: Args) -> Result<u8> {
 }
 
 /// Runs a command in the lab with what `xtask build` left installed; returns its exit status.
-pub(crate) fn run_installed(run: Run) -> Result<u8> {
-    execute(run, Some(&build::layout()?), None)
+pub(crate) fn run_installed(run: Run, stdout: &mut dyn Write) -> Result<u8> {
+    execute(run, Some(&build::layout()?), None, stdout)
+}
+
+/// Everything a lab is started from, made or fetched now where it is missing.
+pub(crate) fn prepare() -> Result<()> {
+    machine::ensure_qemu()?;
+    image::ensure().map(drop)
 }
 
 fn install_root(args: &InstallArgs) -> Result<Option<PathBuf>> {
@@ -134,7 +141,12 @@ fn install_root(args: &InstallArgs) -> Result<Option<PathBuf>> {
     build::layout().map(Some)
 }
 
-fn execute(run: Run, install: Option<&Path>, tty: Option<(u16, u16)>) -> Result<u8> {
+fn execute(
+    run: Run,
+    install: Option<&Path>,
+    tty: Option<(u16, u16)>,
+    stdout: &mut dyn Write,
+) -> Result<u8> {
     let request = Request { argv: run.command, env: run.env, tty, ..Request::default() };
     let load = Load {
         add: run.add,
@@ -146,19 +158,20 @@ fn execute(run: Run, install: Option<&Path>, tty: Option<(u16, u16)>) -> Result<
         memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
         icount: run.icount,
     };
-    // One session at a time in the lab that stays.
     let reuse = !run.icount && !run.fresh && run.memory.is_none();
-    let lock = (reuse && running()?.is_some())
-        .then(|| paths::lock(&paths::target(), "lab-session"))
-        .transpose()?;
-    let status = match running()?.filter(|_| lock.is_some()) {
-        Some(lab) => Session::open(&lab)?.run(request, &load)?,
+    let staying = if reuse { running()? } else { None };
+    let status = match staying {
+        // One session at a time in the lab that stays.
+        Some(lab) => {
+            let _lock = paths::lock(&paths::target(), "lab-session")?;
+            Session::open(&lab)?.run(request, &load, stdout)?
+        }
         None => {
             let own = machine::start_own(&shape)?;
             let begin = std::time::Instant::now();
             let session = Session::open(&own.lab)?;
             eprintln!("    lab started in {:.1} s", begin.elapsed().as_secs_f64());
-            session.run(request, &load)?
+            session.run(request, &load, stdout)?
         }
     };
     Ok(u8::try_from(status).unwrap_or(125))
@@ -183,7 +196,7 @@ fn shell(args: &InstallArgs) -> Result<u8> {
         ..Run::default()
     };
     stty(&["raw", "-echo"])?;
-    let status = execute(run, install.as_deref(), Some((rows, columns)));
+    let status = execute(run, install.as_deref(), Some((rows, columns)), &mut std::io::stdout());
     stty(&[&saved])?;
     status
 }

@@ -91,7 +91,12 @@ impl<'lab> Session<'lab> {
     }
 
     /// Runs one command to its end and returns its exit status.
-    pub(super) fn run(mut self, mut request: Request, load: &Load) -> Result<i32> {
+    pub(super) fn run(
+        mut self,
+        mut request: Request,
+        load: &Load,
+        stdout: &mut dyn Write,
+    ) -> Result<i32> {
         write_exchange(self.lab, load, &mut request)?;
         request.out = load.out.is_some();
         let mut begin = Instant::now();
@@ -115,7 +120,7 @@ impl<'lab> Session<'lab> {
                     begin = Instant::now();
                     end = load.timeout.map(|timeout| begin + timeout);
                 }
-                Ok((Kind::Stdout, bytes)) => write_all(&mut io::stdout(), &bytes)?,
+                Ok((Kind::Stdout, bytes)) => write_all(stdout, &bytes)?,
                 Ok((Kind::Stderr, bytes)) => write_all(&mut io::stderr(), &bytes)?,
                 Ok((Kind::Out, bytes)) => {
                     if let Some(out) = &out {
@@ -241,7 +246,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     quiet(Command::new("cp").args(["-a", "--remove-destination"]).arg(&contents).arg(to))
 }
 
-fn write_all(stream: &mut impl Write, bytes: &[u8]) -> Result<()> {
+fn write_all(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
     stream.write_all(bytes).and_then(|()| stream.flush()).context("cannot write the output")
 }
 

@@ -1,0 +1,30 @@
+# Everyday entry points; `cargo xtask --help` has the rest.
+XTASK = cargo run -q -p xtask --
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench kernel lab check clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Set everything up, then run containers in microVMs under a real containerd
+	@$(XTASK) demo
+
+test: ## Set up what is missing and run every test; E2E=name runs some end-to-end tests only
+	@$(XTASK) test
+
+bench: ## Figures of ours beside runc's and QEMU's, in one run
+	@$(XTASK) bench
+
+kernel: ## Build the lean guest kernel (about 12 minutes on two processors; cached)
+	@$(XTASK) kernel
+
+lab: ## A shell in the lab: a machine with working KVM, emulated by QEMU
+	@$(XTASK) lab shell
+
+check: ## Format, lints and unit tests
+	@$(XTASK) test --quick
+
+clean: ## Remove what was built; the cache, ~/.cache/supermachine, stays
+	@$(XTASK) lab down
+	@cargo clean

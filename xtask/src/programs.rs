@@ -1,0 +1,143 @@
+//! Programs of the `tests` package: built static, then run where microVMs run, on this host or
+//! in the lab, with the same environment.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::host::Place;
+use crate::lab::Run;
+use crate::step::step;
+use crate::{build, containerd, images, lab, paths};
+
+/// The package they are of.
+pub(crate) const PACKAGE: &str = "supermachine-tests";
+
+/// What to run, where.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    /// A file in [`folder`].
+    pub(crate) program: &'a str,
+    /// Its arguments; `{images}` becomes the folder with the OCI archives.
+    pub(crate) args: &'a [String],
+    pub(crate) timeout: Option<Duration>,
+    /// Where what it leaves in `$SUPERMACHINE_OUT` goes.
+    pub(crate) out: Option<PathBuf>,
+    pub(crate) icount: bool,
+}
+
+/// Where the built programs are.
+fn folder() -> PathBuf {
+    paths::products().join("tests")
+}
+
+/// Builds a binary of the tests package, such as `demo`.
+pub(crate) fn build_bin(name: &str) -> Result<()> {
+    step(&format!("build {name}"), || build_with(build::cargo("build").args(["--bin", name]), name))
+}
+
+/// Builds an integration test of the tests package, such as `e2e`, without running it.
+pub(crate) fn build_test(name: &str) -> Result<()> {
+    step(&format!("build {name}"), || {
+        build_with(build::cargo("test").args(["--no-run", "--test", name]), name)
+    })
+}
+
+/// Lets cargo build, and takes the executable from its messages.
+fn build_with(command: &mut Command, name: &str) -> Result<()> {
+    let output = command
+        .args(["-p", PACKAGE, "--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    anyhow::ensure!(output.status.success(), "cargo could not build {name}");
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let executable = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo built no executable for {name}"))?;
+    paths::make_dir(&folder())?;
+    let stripped = executable.with_file_name(name);
+    if stripped != executable {
+        fs::copy(&executable, &stripped).context("cannot copy a test")?;
+    }
+    build::install_stripped(&stripped, &folder())
+}
+
+/// Runs a program there, its output copied to `stdout`; returns its exit status.
+pub(crate) fn launch(place: &Place, launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
+    match place {
+        Place::Native => on_host(&launch, stdout),
+        Place::Lab(_) => in_lab(launch, stdout),
+    }
+}
+
+fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
+    let mut command = vec![format!("/mnt/tests/{}", launch.program)];
+    command.extend(launch.args.iter().map(|arg| arg.replace("{images}", "/mnt/images")));
+    let env = [("SUPERMACHINE_IMAGES", "/mnt/images"), ("SUPERMACHINE_OUT", "/out")];
+    lab::run_installed(
+        Run {
+            command,
+            env: env.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec(),
+            add: vec![folder(), images::ensure()?],
+            out: launch.out,
+            timeout: launch.timeout,
+            icount: launch.icount,
+            ..Run::default()
+        },
+        stdout,
+    )
+}
+
+/// On the host nothing is installed: the built binaries go before `PATH`, the configuration is
+/// named by the environment, and the data goes to a folder that is removed at the end.
+fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
+    let data = tempfile::Builder::new()
+        .prefix("supermachine-")
+        .tempdir()
+        .context("cannot make a folder for the run")?;
+    let images = images::ensure()?;
+    let config = data.path().join("config.toml");
+    fs::write(&config, build::native_configuration(data.path())?)
+        .context("cannot write the configuration")?;
+    let out = launch.out.clone().unwrap_or_else(|| data.path().join("out"));
+    paths::make_dir(&out)?;
+    let bin = containerd::binaries()?;
+    let ours = paths::products().join("bin");
+    let mut command = Command::new("timeout");
+    command
+        .args(["--kill-after=60", &limit(launch.timeout)])
+        .arg(folder().join(launch.program))
+        .args(launch.args.iter().map(|arg| arg.replace("{images}", &images.to_string_lossy())))
+        .env("PATH", containerd::search_path(&bin, &[&ours])?)
+        .env("SUPERMACHINE_CONFIG", &config)
+        .env("SUPERMACHINE_IMAGES", &images)
+        .env("SUPERMACHINE_OUT", &out)
+        .stdout(Stdio::piped());
+    let mut child = command.spawn().context("cannot start timeout")?;
+    let mut pipe = child.stdout.take().context("a child without output")?;
+    let mut chunk = [0; 8192];
+    while let Ok(count @ 1..) = pipe.read(&mut chunk) {
+        stdout.write_all(chunk.get(..count).unwrap_or_default()).context("cannot write")?;
+    }
+    let status = child.wait().context("cannot wait for the program")?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+/// As `timeout` takes it; 0 is no limit.
+fn limit(timeout: Option<Duration>) -> String {
+    timeout.map_or(0, |timeout| timeout.as_secs()).to_string()
+}
+
+/// Whether the tests package has this source file: parts of it may not be written yet.
+pub(crate) fn has(source: &str) -> bool {
+    Path::new(&paths::root()).join("tests").join(source).exists()
+}
