@@ -1,1 +1,80 @@
 //! What a VM is made of.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::devices::virtio::FaultObserver;
+use crate::error::Error;
+
+/// A VM to build. Files are open already: the VMM opens nothing by name but the hypervisor.
+pub struct VmConfig {
+    /// vCPUs, 1 to 254 and what the hypervisor allows.
+    pub vcpus: u32,
+    /// Guest RAM in bytes, a multiple of 4096.
+    pub memory: u64,
+    /// An ELF vmlinux or a bzImage.
+    pub kernel: File,
+    /// An initramfs.
+    pub initramfs: Option<File>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where the kernel's log on COM1 goes; without it there is no COM1.
+    pub serial: Option<OwnedFd>,
+    /// Block devices, `/dev/vda` first.
+    pub disks: Vec<DiskConfig>,
+    /// Hears of each device that faults, by id and reason.
+    pub on_device_fault: Option<Arc<FaultObserver>>,
+}
+
+/// A block device.
+#[derive(Debug)]
+pub struct DiskConfig {
+    /// A raw image or a block device of the host.
+    pub file: File,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// What the guest finds in `/sys/block/*/serial`; 20 bytes at most.
+    pub serial: String,
+}
+
+impl VmConfig {
+    /// One vCPU, 256 MiB and no devices.
+    pub fn new(kernel: File) -> Self {
+        Self {
+            vcpus: 1,
+            memory: 256 << 20,
+            kernel,
+            initramfs: None,
+            cmdline: String::new(),
+            serial: None,
+            disks: Vec::new(),
+            on_device_fault: None,
+        }
+    }
+
+    /// Opens a kernel image.
+    ///
+    /// # Errors
+    /// [`Error::KernelMissing`] or [`Error::KernelOpen`], naming the path.
+    pub fn open_kernel(path: &Path) -> Result<File, Error> {
+        File::open(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::KernelMissing { path: path.into() },
+            _ => Error::KernelOpen { path: path.into(), source },
+        })
+    }
+}
+
+impl fmt::Debug for VmConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmConfig")
+            .field("vcpus", &self.vcpus)
+            .field("memory", &self.memory)
+            .field("cmdline", &self.cmdline)
+            .field("disks", &self.disks)
+            .finish_non_exhaustive()
+    }
+}

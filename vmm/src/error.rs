@@ -1,1 +1,95 @@
 //! Why a VM did not start.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::arch::{KernelError, LoadError};
+use crate::devices::bus::BadWindow;
+use crate::hypervisor::HypervisorError;
+use crate::memory::MemoryError;
+
+/// Why a VM did not start. Sources say the rest.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no kernel image.
+    #[error("Kernel image {path} does not exist")]
+    KernelMissing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// The kernel image cannot be opened.
+    #[error("Cannot open kernel image {path}")]
+    KernelOpen {
+        /// Its path.
+        path: PathBuf,
+        /// What `open` answered.
+        source: io::Error,
+    },
+    /// The kernel image is not one this VM can boot.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Kernel, initramfs or command line do not fit.
+    #[error(transparent)]
+    Load(LoadError),
+    /// The hypervisor is absent, forbidden, lacking, or refused something.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// The number of vCPUs is out of range.
+    #[error("A VM cannot have {asked} vCPUs, expected 1 to {max}")]
+    Vcpus {
+        /// The number asked for.
+        asked: u32,
+        /// The most there can be here.
+        max: u32,
+    },
+    /// The amount of memory is out of range.
+    #[error("A VM cannot have {asked} bytes of memory, expected a multiple of 4096 from {min} on")]
+    MemorySize {
+        /// Bytes asked for.
+        asked: u64,
+        /// The least.
+        min: u64,
+    },
+    /// Guest RAM could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// There are more devices than the guest's address space has windows for.
+    #[error("A VM cannot have {asked} virtio devices, expected at most {max}")]
+    TooManyDevices {
+        /// The number asked for.
+        asked: usize,
+        /// The most there can be.
+        max: u32,
+    },
+    /// A device could not be made.
+    #[error("Cannot make device {device}")]
+    Device {
+        /// Its id.
+        device: String,
+        /// What failed.
+        source: io::Error,
+    },
+    /// Two devices claim the same addresses.
+    #[error(transparent)]
+    Window(#[from] BadWindow),
+    /// A thread could not be started.
+    #[error("Cannot start thread {name}")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// What failed.
+        source: io::Error,
+    },
+    /// The host has no entropy.
+    #[error("Cannot read random bytes from the host")]
+    Entropy(#[source] io::Error),
+}
+
+impl From<LoadError> for Error {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::Kernel(error) => Self::Kernel(error),
+            error => Self::Load(error),
+        }
+    }
+}

@@ -1,5 +1,18 @@
 //! An embeddable virtual machine monitor.
 //!
+//! A [`Vm`] is built from a [`VmConfig`], started once and waited for:
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use supermachine_vmm::{Vm, VmConfig};
+//!
+//! let config = VmConfig::new(std::fs::File::open("vmlinux")?);
+//! let running = Vm::new(config)?.start()?;
+//! println!("the guest ended: {}", running.wait());
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! The crate knows nothing of containers. [`control`] is the boundary behind which the runtime keeps
 //! a VM in a process of its own.
 
@@ -12,6 +25,7 @@ mod config;
 pub mod control;
 pub mod devices;
 mod error;
+mod exit;
 pub mod hypervisor;
 pub mod jail;
 mod machine;
@@ -21,3 +35,7 @@ pub mod sys;
 pub mod testing;
 mod vcpu;
 
+pub use config::{DiskConfig, VmConfig};
+pub use error::Error;
+pub use exit::Exit;
+pub use machine::{RunningVm, Vm};

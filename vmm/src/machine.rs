@@ -1,1 +1,73 @@
-//! Assembly and life cycle.
+//! Assembly and life cycle of a VM.
+
+mod assembly;
+mod devices;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::config::VmConfig;
+use crate::error::Error;
+use crate::exit::Exit;
+use crate::hypervisor::{Host, Hypervisor};
+use assembly::Assembly;
+use run::Running;
+
+/// A VM that is built and has not run.
+pub struct Vm {
+    assembly: Assembly<<Host as Hypervisor>::Vm>,
+}
+
+/// A VM whose vCPUs run. Dropping it stops it.
+#[derive(Clone)]
+pub struct RunningVm {
+    running: Arc<Running>,
+}
+
+impl Vm {
+    /// Builds the VM: memory, kernel, firmware tables, devices, vCPUs.
+    ///
+    /// # Errors
+    /// One variant of [`Error`] for each way this can fail.
+    pub fn new(config: VmConfig) -> Result<Self, Error> {
+        // The image first: a bad one is told whatever the host is.
+        let kernel = assembly::check(&config)?;
+        let hypervisor = Host::open()?;
+        Ok(Self { assembly: Assembly::new(&hypervisor, config, &kernel)? })
+    }
+
+    /// Starts the vCPUs, each on a thread of its own.
+    ///
+    /// # Errors
+    /// When a thread or the first state of a vCPU is refused; nothing runs then.
+    pub fn start(self) -> Result<RunningVm, Error> {
+        Ok(RunningVm { running: Arc::new(self.assembly.start()?) })
+    }
+}
+
+impl RunningVm {
+    /// Waits until the VM has ended: all vCPUs and devices have stopped.
+    pub fn wait(&self) -> Exit {
+        self.running.wait()
+    }
+
+    /// Ends the VM, as [`Exit::Stopped`] unless it has ended already; [`wait`](Self::wait) tells.
+    pub fn stop(&self) {
+        self.running.stop();
+    }
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for RunningVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RunningVm").finish_non_exhaustive()
+    }
+}

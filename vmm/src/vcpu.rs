@@ -1,1 +1,137 @@
-//! The run loop.
+//! The one run loop.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::devices::bus::Bus;
+use crate::exit::Exit;
+use crate::hypervisor::{Vcpu, VcpuExit};
+
+/// The address spaces a vCPU sees devices in.
+#[derive(Debug, Default)]
+pub(crate) struct Buses {
+    pub(crate) mmio: Bus,
+    pub(crate) pio: Bus,
+}
+
+/// Runs the vCPU until the VM ends; answers how. `stop` is looked at before each entry: who sets it
+/// also kicks.
+pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, stop: &AtomicBool) -> Exit {
+    while !stop.load(Ordering::SeqCst) {
+        let flow = match vcpu.run() {
+            VcpuExit::MmioRead { address, data } => {
+                buses.mmio.read(address, data);
+                ControlFlow::Continue(())
+            }
+            VcpuExit::MmioWrite { address, data } => buses.mmio.write(address, data),
+            VcpuExit::PioRead { port, size, data } => {
+                for item in data.chunks_mut(size) {
+                    buses.pio.read(u64::from(port), item);
+                }
+                ControlFlow::Continue(())
+            }
+            VcpuExit::PioWrite { port, size, data } => {
+                data.chunks(size).try_for_each(|item| buses.pio.write(u64::from(port), item))
+            }
+            VcpuExit::SystemOff => ControlFlow::Break(Exit::PowerOff),
+            VcpuExit::SystemReset => ControlFlow::Break(Exit::Reset),
+            VcpuExit::Shutdown => ControlFlow::Break(Exit::TripleFault),
+            VcpuExit::Kicked => ControlFlow::Continue(()),
+            VcpuExit::Fault(fault) => ControlFlow::Break(Exit::Fault(fault.to_string())),
+        };
+        if let ControlFlow::Break(exit) = flow {
+            return exit;
+        }
+    }
+    Exit::Stopped
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::devices::bus::BusDevice;
+    use crate::devices::power::PowerRegisters;
+    use crate::hypervisor::Fault;
+    use crate::hypervisor::fake::{Answer, FakeVcpu, Step};
+
+    /// Remembers what happens to it; reads give its number.
+    #[derive(Default)]
+    struct Probe(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl BusDevice for Probe {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(0xa0 + offset as u8);
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<Exit> {
+            self.0.lock().unwrap().push((offset, data.to_vec()));
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn run_steps(steps: Vec<Step>) -> (Exit, Vec<Answer>, Arc<Probe>) {
+        let probe = Arc::new(Probe::default());
+        let mut buses = Buses::default();
+        buses.mmio.insert(0xd000_0000, 0x1000, probe.clone()).unwrap();
+        buses.pio.insert(0x3f8, 8, probe.clone()).unwrap();
+        buses.pio.insert(0x600, 3, Arc::new(PowerRegisters)).unwrap();
+        let mut vcpu = FakeVcpu::scripted(steps);
+        let exit = run(&mut vcpu, &buses, &AtomicBool::new(false));
+        (exit, vcpu.answers().to_vec(), probe)
+    }
+
+    #[test]
+    fn accesses_reach_devices_and_reads_are_answered() {
+        let (exit, answers, probe) = run_steps(vec![
+            Step::MmioRead { address: 0xd000_0004, len: 4 },
+            Step::MmioRead { address: 0xe000_0000, len: 2 },
+            Step::MmioWrite { address: 0xd000_0050, data: vec![1, 0, 0, 0] },
+            Step::Kicked,
+            Step::PioRead { port: 0x3fd, size: 1, count: 1 },
+            Step::Shutdown,
+        ]);
+        assert_eq!(exit, Exit::TripleFault);
+        assert_eq!(answers, [vec![0xa4; 4], vec![0xff; 2], vec![0xa5]]);
+        assert_eq!(*probe.0.lock().unwrap(), [(0x50, vec![1, 0, 0, 0])]);
+    }
+
+    #[test]
+    fn a_string_instruction_is_many_accesses_of_one_port() {
+        let (_, answers, probe) = run_steps(vec![
+            Step::PioWrite { port: 0x3f8, size: 1, data: b"abc".to_vec() },
+            Step::PioWrite { port: 0x3f8, size: 2, data: b"abcd".to_vec() },
+            Step::PioRead { port: 0x3f9, size: 2, count: 2 },
+            Step::Shutdown,
+        ]);
+        let writes: Vec<_> = probe.0.lock().unwrap().iter().map(|(_, data)| data.clone()).collect();
+        assert_eq!(writes, [b"a".to_vec(), b"b".into(), b"c".into(), b"ab".into(), b"cd".into()]);
+        assert_eq!(answers, [vec![0xa1; 4]]);
+    }
+
+    #[test]
+    fn each_end_has_its_reason() {
+        let fault = Fault::Emulation { suberror: 1, details: vec![0xf4] };
+        for (step, expected) in [
+            (Step::Shutdown, Exit::TripleFault),
+            (Step::SystemOff, Exit::PowerOff),
+            (Step::SystemReset, Exit::Reset),
+            (Step::PioWrite { port: 0x600, size: 1, data: vec![0x34] }, Exit::PowerOff),
+            (Step::PioWrite { port: 0x602, size: 1, data: vec![1] }, Exit::Reset),
+            (Step::Fault(fault.clone()), Exit::Fault(fault.to_string())),
+        ] {
+            // A step too many: running on would answer with its exit.
+            let (exit, ..) = run_steps(vec![step, Step::Fault(Fault::EntryFailed { reason: 7 })]);
+            assert_eq!(exit, expected);
+        }
+    }
+
+    #[test]
+    fn a_stopped_vcpu_does_not_enter_the_guest() {
+        let mut vcpu = FakeVcpu::scripted(vec![Step::Shutdown]);
+        let exit = run(&mut vcpu, &Buses::default(), &AtomicBool::new(true));
+        assert_eq!(exit, Exit::Stopped);
+        assert_eq!(vcpu.steps_left(), 1);
+    }
+}

@@ -1,1 +1,186 @@
-//! COM1.
+//! COM1: a 16550 that only writes. It is the kernel's log, never anybody's stdio.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+
+use super::bus::BusDevice;
+use crate::exit::Exit;
+
+/// Bytes kept until the line ends: one system call for a line instead of one for a byte.
+const LINE: usize = 256;
+
+/// COM1.
+pub struct Com1 {
+    uart: Mutex<Serial<Edge, NoEvents, LogSink>>,
+}
+
+impl Com1 {
+    /// A port that writes to `sink` and raises its interrupt by `raise`.
+    pub fn new(sink: OwnedFd, raise: Box<dyn Fn() + Send + Sync>) -> Self {
+        let uart = Serial::new(Edge(raise), LogSink::new(File::from(sink)));
+        Self { uart: Mutex::new(uart) }
+    }
+
+    fn uart(&self) -> std::sync::MutexGuard<'_, Serial<Edge, NoEvents, LogSink>> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Com1 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Com1").finish_non_exhaustive()
+    }
+}
+
+impl BusDevice for Com1 {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            *value = self.uart().read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<Exit> {
+        if let (&[value], Ok(offset)) = (data, u8::try_from(offset)) {
+            // The sink never fails, and neither does the trigger.
+            let _ = self.uart().write(offset, value);
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+struct Edge(Box<dyn Fn() + Send + Sync>);
+
+impl Trigger for Edge {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        (self.0)();
+        Ok(())
+    }
+}
+
+/// Where the log goes. A reader that does not keep up loses lines; it never stops the vCPU.
+struct LogSink {
+    file: File,
+    line: Vec<u8>,
+    lost_some: bool,
+}
+
+impl LogSink {
+    fn new(file: File) -> Self {
+        Self { file, line: Vec::with_capacity(LINE), lost_some: false }
+    }
+
+    fn send(&mut self) {
+        // A pipe that polls writable takes a page at least; files always do.
+        let mut poll_fd = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+        let ready = poll(&mut poll_fd, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+            && poll_fd[0].revents().is_some_and(|events| events.contains(PollFlags::POLLOUT));
+        if !ready || self.file.write_all(&self.line).is_err() {
+            if !self.lost_some {
+                tracing::warn!("Serial log loses output: its reader does not keep up");
+            }
+            self.lost_some = true;
+        }
+        self.line.clear();
+    }
+}
+
+impl Write for LogSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            self.line.push(byte);
+            if byte == b'\n' || self.line.len() == LINE {
+                self.send();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    /// The UART flushes after each byte, which is what the line buffer is there to avoid.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for LogSink {
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            self.send();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const LINE_STATUS: u64 = 5;
+
+    fn port() -> (Com1, io::PipeReader, Arc<AtomicUsize>) {
+        let (reader, writer) = io::pipe().unwrap();
+        let edges = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&edges);
+        let raise = Box::new(move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
+        (Com1::new(writer.into(), raise), reader, edges)
+    }
+
+    #[test]
+    fn what_the_guest_writes_comes_out() {
+        let (port, mut reader, _) = port();
+        for byte in b"Linux\nhalf" {
+            assert!(port.write(DATA, &[*byte]).is_continue());
+        }
+        let mut line = [0; 6];
+        reader.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"Linux\n");
+        drop(port);
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "half");
+    }
+
+    #[test]
+    fn the_transmitter_is_always_empty_and_says_so_by_interrupt() {
+        let (port, _reader, edges) = port();
+        let mut status = [0];
+        port.read(LINE_STATUS, &mut status);
+        assert_eq!(status[0] & 0x60, 0x60);
+        assert!(port.write(INTERRUPT_ENABLE, &[2]).is_continue());
+        assert!(edges.load(Ordering::Relaxed) > 0);
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_does_not_stop_the_guest() {
+        let (port, _reader, _) = port();
+        for _ in 0..1 << 20 {
+            assert!(port.write(DATA, b"\n").is_continue());
+        }
+    }
+
+    #[test]
+    fn wide_accesses_do_nothing() {
+        let (port, _reader, _) = port();
+        let mut wide = [0; 4];
+        port.read(LINE_STATUS, &mut wide);
+        assert_eq!(wide, [0xff; 4]);
+        assert!(port.write(DATA, &[0; 4]).is_continue());
+        assert!(port.write(700, &[0]).is_continue());
+    }
+}

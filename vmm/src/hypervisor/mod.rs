@@ -1,1 +1,294 @@
 //! The seam below which hypervisors differ.
+//!
+//! One backend is chosen by target ([`Host`]); everything above is generic over these traits and
+//! runs over `fake` in tests. A vCPU is made as a [`VcpuSeed`] on the building thread and bound on
+//! the thread that runs it, because some hypervisors tie it to that thread for good.
+
+#[cfg(any(test, feature = "testing"))]
+pub mod fake;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::arch::VcpuSetup;
+use crate::sys::doorbell::Doorbell;
+
+/// The hypervisor of the target this crate is built for.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub type Host = kvm::Kvm;
+
+/// An open hypervisor.
+pub trait Hypervisor: Sized {
+    /// The VMs it makes.
+    type Vm: VmBackend;
+
+    /// Opens the host's hypervisor and checks that it can do all that is asked of it here.
+    ///
+    /// # Errors
+    /// Says whether it is absent, forbidden or lacking.
+    fn open() -> Result<Self, HypervisorError>;
+
+    /// What it offers.
+    fn caps(&self) -> &Caps;
+
+    /// Makes an empty VM with its interrupt controllers.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn create_vm(&self) -> Result<Self::Vm, HypervisorError>;
+}
+
+/// What a hypervisor offers, read once.
+#[derive(Clone, Debug, Default)]
+pub struct Caps {
+    /// vCPUs in one VM at most.
+    pub max_vcpus: u32,
+    /// What vCPUs can be told they are.
+    pub cpu: crate::arch::CpuCaps,
+}
+
+/// A VM of the hypervisor: address space, interrupt lines, vCPUs.
+pub trait VmBackend: Send + Sync + 'static {
+    /// See [`VcpuSeed`].
+    type Seed: VcpuSeed;
+    /// See [`IrqLine`].
+    type Line: IrqLine;
+
+    /// Shows `len` bytes of host memory to the guest from `guest` on, as slot `slot`.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    ///
+    /// # Safety
+    /// The memory stays mapped until the VM and all its vCPUs are gone or the slot is unmapped, and
+    /// nothing in this process takes references into it.
+    #[allow(unsafe_code)]
+    unsafe fn map(
+        &self,
+        slot: u32,
+        guest: u64,
+        host: *mut u8,
+        len: u64,
+    ) -> Result<(), HypervisorError>;
+
+    /// Takes slot `slot` away from the guest.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn unmap(&self, slot: u32) -> Result<(), HypervisorError>;
+
+    /// Makes vCPU `index`.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn create_vcpu(&self, index: u32) -> Result<Self::Seed, HypervisorError>;
+
+    /// The interrupt line of a pin of the VM's interrupt controller. A pin may have several lines.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn irq_line(&self, pin: u32) -> Result<Self::Line, HypervisorError>;
+
+    /// Asks that a 32-bit write of `value` at guest address `address` rings `doorbell` without an
+    /// exit.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn bind_doorbell(
+        &self,
+        address: u64,
+        value: u32,
+        doorbell: &Doorbell,
+    ) -> Result<Binding, HypervisorError>;
+}
+
+/// How a guest's write reaches a doorbell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binding {
+    /// The hypervisor rings it.
+    Bound,
+    /// The write exits, and the device on the bus rings it.
+    Exits,
+}
+
+/// A vCPU that has not been bound to its thread.
+pub trait VcpuSeed: Send + 'static {
+    /// What it becomes.
+    type Vcpu: Vcpu;
+    /// See [`Kicker`].
+    type Kicker: Kicker;
+
+    /// Forces this vCPU out of the guest, from any thread, also before it is bound.
+    fn kicker(&self) -> Self::Kicker;
+
+    /// Binds the vCPU to the calling thread.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn bind(self) -> Result<Self::Vcpu, HypervisorError>;
+}
+
+/// A vCPU on its own thread.
+pub trait Vcpu {
+    /// Puts it into the state its first instruction expects.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError>;
+
+    /// Runs the guest until something needs attention. What the answer of a read is left with is
+    /// given to the guest at the next call.
+    fn run(&mut self) -> VcpuExit<'_>;
+}
+
+/// Forces a vCPU out of the guest. A kick before the vCPU runs makes its next run return at once;
+/// backends may lose one all the same, so kicks are repeated until the vCPU has answered.
+pub trait Kicker: Clone + Send + Sync + 'static {
+    /// Kicks.
+    fn kick(&self);
+}
+
+/// A wire into the interrupt controller.
+pub trait IrqLine: Send + Sync + 'static {
+    /// Sets its level.
+    fn set(&self, high: bool);
+    /// Raises an edge.
+    fn pulse(&self);
+}
+
+/// Why a vCPU came out of the guest.
+#[derive(Debug)]
+pub enum VcpuExit<'a> {
+    /// The guest reads device memory; `data` takes the answer.
+    MmioRead {
+        /// Guest address.
+        address: u64,
+        /// 1, 2, 4 or 8 bytes.
+        data: &'a mut [u8],
+    },
+    /// The guest writes device memory.
+    MmioWrite {
+        /// Guest address.
+        address: u64,
+        /// 1, 2, 4 or 8 bytes.
+        data: &'a [u8],
+    },
+    /// The guest reads an x86 port: `data` takes one answer for each `size` bytes.
+    PioRead {
+        /// Port number.
+        port: u16,
+        /// Width of one access: 1, 2 or 4.
+        size: usize,
+        /// A multiple of `size` bytes.
+        data: &'a mut [u8],
+    },
+    /// The guest writes an x86 port, once for each `size` bytes of `data`.
+    PioWrite {
+        /// Port number.
+        port: u16,
+        /// Width of one access: 1, 2 or 4.
+        size: usize,
+        /// A multiple of `size` bytes.
+        data: &'a [u8],
+    },
+    /// The guest asked firmware to switch off.
+    SystemOff,
+    /// The guest asked firmware for a reset.
+    SystemReset,
+    /// The processor shut down: a triple fault on x86.
+    Shutdown,
+    /// A [`Kicker`] did it, or nothing at all.
+    Kicked,
+    /// The vCPU cannot go on.
+    Fault(Fault),
+}
+
+/// What a vCPU cannot go on from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The processor refused the guest's state.
+    #[error("Processor refused to enter the guest (reason {reason:#x})")]
+    EntryFailed {
+        /// The hardware's own code.
+        reason: u64,
+    },
+    /// The hypervisor could not carry out an instruction of the guest.
+    #[error("Hypervisor could not emulate the guest (suberror {suberror}, details {details:x?})")]
+    Emulation {
+        /// The hypervisor's code.
+        suberror: u32,
+        /// What it tells beyond that, such as the bytes of the instruction.
+        details: Vec<u64>,
+    },
+    /// The guest touched memory the host cannot give.
+    #[error("Guest memory at {address:#x}+{size:#x} is not accessible")]
+    Memory {
+        /// Guest address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// An exit nobody here knows.
+    #[error("Unexpected exit {what}")]
+    Unexpected {
+        /// The exit's name or number.
+        what: String,
+    },
+    /// The call that enters the guest failed.
+    #[error("Entering the guest failed: {error}")]
+    Run {
+        /// What the system call answered.
+        error: String,
+    },
+}
+
+/// Why the hypervisor cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HypervisorError {
+    /// There is no hypervisor.
+    #[error("{path} does not exist: this machine offers no KVM")]
+    Absent {
+        /// The device looked for.
+        path: PathBuf,
+    },
+    /// This user may not use it.
+    #[error("{path} may not be opened: add this user to the group that owns it")]
+    Forbidden {
+        /// The device.
+        path: PathBuf,
+        /// What `open` answered.
+        source: io::Error,
+    },
+    /// It cannot be opened for another reason.
+    #[error("Cannot open {path}")]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// What `open` answered.
+        source: io::Error,
+    },
+    /// It speaks another language.
+    #[error("{path} speaks KVM API {found}, expected 12")]
+    ApiVersion {
+        /// The device.
+        path: PathBuf,
+        /// What it answered; -1 for a file that is not KVM.
+        found: i32,
+    },
+    /// It cannot do something that is needed.
+    #[error("KVM of this host lacks {capability}")]
+    Lacks {
+        /// The capability's name in the KVM API.
+        capability: &'static str,
+    },
+    /// It refused a call.
+    #[error("{call} failed")]
+    Call {
+        /// The call's name in the hypervisor's API.
+        call: &'static str,
+        /// What it answered.
+        source: io::Error,
+    },
+}

@@ -4,4 +4,6 @@
 
 pub mod doorbell;
 pub mod reactor;
+pub mod storage;
+pub mod random;
 pub mod vectored;

@@ -6,6 +6,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 mod interrupt;
+pub mod metrics;
 pub mod queue;
 pub mod rng;
 pub mod transport;
@@ -13,7 +14,7 @@ pub mod vsock;
 
 use std::io;
 
-pub use interrupt::{Faults, Interrupt};
+pub use interrupt::{FaultObserver, Faults, Interrupt};
 
 use crate::memory::GuestMemory;
 use crate::sys::doorbell::Doorbell;
@@ -113,7 +114,15 @@ pub enum ActivateError {
         /// The queue's number.
         index: u16,
     },
-    /// A queue's addresses or size are not usable.
+    /// A register of a queue holds what no queue can have.
+    #[error("Driver left {value:#x} in {register}")]
+    Register {
+        /// The register's name in virtio 1.2, 4.2.2.
+        register: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// A queue's rings are not usable.
     #[error("Queue refused")]
     Ring(#[from] RingFault),
     /// The worker or what it needs could not be had.

@@ -1,0 +1,330 @@
+//! Recognising a kernel image, and loading it with its initramfs.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use linux_loader::bootparam::setup_header;
+use linux_loader::elf::{ELFCLASS64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::layout;
+use crate::memory::GuestMemory;
+
+/// `HdrS` (Documentation/arch/x86/boot.rst).
+const BZIMAGE_MAGIC: u32 = 0x5372_6448;
+/// Boot protocol 2.12 has xloadflags.
+const BZIMAGE_VERSION: u16 = 0x020c;
+const XLF_KERNEL_64: u16 = 1;
+const EM_X86_64: u16 = 62;
+/// The 64-bit entry point of a bzImage lies this far into its protected-mode part.
+const BZIMAGE_ENTRY_64: u64 = 0x200;
+
+/// What is wrong with a kernel image.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// It cannot be read.
+    #[error("Cannot read the kernel image")]
+    Read(#[from] io::Error),
+    /// It is for another processor.
+    #[error("Kernel image is for {found}, expected x86_64")]
+    WrongArchitecture {
+        /// The processor it is for.
+        found: String,
+    },
+    /// It ends before what its headers promise.
+    #[error("Kernel image is truncated: its {what} ends at byte {needed}, the file has {found}")]
+    Truncated {
+        /// The part that is cut off.
+        what: &'static str,
+        /// Bytes the file should have at least.
+        needed: u64,
+        /// Bytes it has.
+        found: u64,
+    },
+    /// It is something else.
+    #[error("Kernel image is {found}, expected an ELF vmlinux or a bzImage")]
+    Format {
+        /// What it looks like.
+        found: String,
+    },
+    /// It is a bzImage that cannot be entered in 64-bit mode.
+    #[error("Kernel image has no 64-bit entry point (boot protocol {version:#06x})")]
+    No64BitEntry {
+        /// Its boot protocol version.
+        version: u16,
+    },
+    /// It cannot be placed where it says.
+    #[error("Kernel image wants {start:#x}..{end:#x}, which is not free guest RAM from 1 MiB on")]
+    Placement {
+        /// First guest address.
+        start: u64,
+        /// End of the range.
+        end: u64,
+    },
+    /// The loader refused it all the same.
+    #[error("Kernel image refused: {0}")]
+    Loader(linux_loader::loader::Error),
+}
+
+/// Why kernel and initramfs could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The kernel image is at fault.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initramfs cannot be read.
+    #[error("Cannot read the initramfs")]
+    Initramfs(#[source] io::Error),
+    /// There is not enough RAM below the hole.
+    #[error(
+        "Guest memory is too small: kernel and initramfs need {needed} bytes, {available} are there"
+    )]
+    MemoryTooSmall {
+        /// Bytes needed below 3 GiB.
+        needed: u64,
+        /// Bytes there.
+        available: u64,
+    },
+    /// The command line is longer than the kernel takes.
+    #[error("Kernel command line has {len} bytes, at most {max} fit")]
+    CommandLine {
+        /// Its bytes.
+        len: usize,
+        /// The most that fit.
+        max: usize,
+    },
+    /// The firmware tables outgrew their place.
+    #[error("ACPI tables need {needed} bytes, {available} are there")]
+    AcpiTables {
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes there.
+        available: usize,
+    },
+    /// A write into guest RAM failed.
+    #[error("Cannot write to guest memory")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+/// A kernel image of a known kind, its headers checked against the file's length.
+#[derive(Debug)]
+pub(crate) enum KernelImage {
+    /// `vmlinux`: loaded at its physical addresses, which end at `end`.
+    Elf { end: u64 },
+    /// `bzImage`: decompresses itself into `load..end`.
+    BzImage { load: u64, end: u64 },
+}
+
+/// Where a loaded kernel is entered.
+#[derive(Debug)]
+pub(crate) struct LoadedKernel {
+    pub(crate) entry: u64,
+    /// End of all memory the kernel uses before it reads the memory map.
+    pub(crate) end: u64,
+    /// The setup header of a bzImage.
+    pub(crate) header: Option<setup_header>,
+}
+
+impl KernelImage {
+    /// Looks at the headers of `file`.
+    pub(crate) fn recognise(file: &File) -> Result<Self, KernelError> {
+        let len = file.metadata()?.len();
+        // Both headers, the arm64 and RISC-V magics, and those of compressed files lie in here.
+        let mut head = [0; 0x300];
+        let have = read_up_to(file, &mut head)?;
+        let magic = |at: usize, bytes: &[u8]| head[..have].get(at..at + bytes.len()) == Some(bytes);
+
+        if magic(0, b"\x7fELF") {
+            return Self::recognise_elf(file, len);
+        }
+        // An arm64 Image (Documentation/arch/arm64/booting.rst) and a RISC-V one carry their magic
+        // here, also when they start with the MZ of an EFI stub.
+        if magic(0x38, b"ARM\x64") {
+            return Err(KernelError::WrongArchitecture { found: "arm64 (an Image)".into() });
+        }
+        if magic(0x38, b"RSC\x05") {
+            return Err(KernelError::WrongArchitecture { found: "RISC-V (an Image)".into() });
+        }
+        if magic(0x202, &BZIMAGE_MAGIC.to_le_bytes()) {
+            return Self::recognise_bzimage(&head[..have], len);
+        }
+        let found = match &head[..have] {
+            [] => "empty".into(),
+            [0x1f, 0x8b, ..] => "a gzip file".into(),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => "a zstd file".into(),
+            [0xfd, b'7', b'z', b'X', b'Z', ..] => "an xz file".into(),
+            [b'M', b'Z', ..] if have < head.len() => {
+                return Err(KernelError::Truncated {
+                    what: "setup header",
+                    needed: head.len() as u64,
+                    found: len,
+                });
+            }
+            [b'M', b'Z', ..] => "an EFI program without a Linux setup header".into(),
+            start => format!("a file that starts with {:02x?}", &start[..start.len().min(4)]),
+        };
+        Err(KernelError::Format { found })
+    }
+
+    fn recognise_elf(file: &File, len: u64) -> Result<Self, KernelError> {
+        let truncated = |what, needed| KernelError::Truncated { what, needed, found: len };
+        let mut header = Elf64_Ehdr::default();
+        let header_len = size_of::<Elf64_Ehdr>() as u64;
+        if len < header_len {
+            return Err(truncated("ELF header", header_len));
+        }
+        file.read_exact_at(header.as_mut_slice(), 0)?;
+        let class = header.e_ident[4];
+        let (machine, entry) = (header.e_machine, header.e_entry);
+        if machine != EM_X86_64 || class != ELFCLASS64 {
+            return Err(KernelError::WrongArchitecture { found: machine_name(machine, class) });
+        }
+        let entry_len = size_of::<Elf64_Phdr>() as u64;
+        let table = header.e_phoff;
+        let table_end =
+            table.saturating_add(u64::from(header.e_phnum).saturating_mul(entry_len));
+        if table_end > len {
+            return Err(truncated("ELF program header table", table_end));
+        }
+        let (mut start, mut end) = (u64::MAX, 0);
+        for index in 0..u64::from(header.e_phnum) {
+            let mut segment = Elf64_Phdr::default();
+            file.read_exact_at(segment.as_mut_slice(), table + index * entry_len)?;
+            if segment.p_type != PT_LOAD {
+                continue;
+            }
+            let in_file = segment.p_offset.saturating_add(segment.p_filesz);
+            if in_file > len {
+                return Err(truncated("ELF segment", in_file));
+            }
+            let size = segment.p_memsz.max(segment.p_filesz);
+            start = start.min(segment.p_paddr);
+            end = end.max(segment.p_paddr.saturating_add(size));
+        }
+        if end == 0 {
+            return Err(KernelError::Format { found: "an ELF file without segments".into() });
+        }
+        if start < layout::HIGH_RAM || end > layout::HOLE || !(start..end).contains(&entry) {
+            return Err(KernelError::Placement { start, end });
+        }
+        Ok(Self::Elf { end })
+    }
+
+    fn recognise_bzimage(head: &[u8], len: u64) -> Result<Self, KernelError> {
+        let mut header = setup_header::default();
+        let at = 0x1f1;
+        let size = size_of::<setup_header>();
+        let Some(bytes) = head.get(at..at + size) else {
+            let needed = (at + size) as u64;
+            return Err(KernelError::Truncated { what: "setup header", needed, found: len });
+        };
+        header.as_mut_slice().copy_from_slice(bytes);
+        let version = header.version;
+        if version < BZIMAGE_VERSION || header.xloadflags & XLF_KERNEL_64 == 0 {
+            return Err(KernelError::No64BitEntry { version });
+        }
+        // boot.rst: 0 means 4; the boot sector comes on top; syssize counts 16 bytes.
+        let sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+        let needed = (sectors + 1) * 512 + u64::from(header.syssize) * 16;
+        // The last unit of syssize may reach beyond the file.
+        if needed > len + 15 {
+            return Err(KernelError::Truncated { what: "compressed kernel", needed, found: len });
+        }
+        let load = header.pref_address;
+        let end = load.saturating_add(u64::from(header.init_size));
+        if load < layout::HIGH_RAM || end > layout::HOLE {
+            return Err(KernelError::Placement { start: load, end });
+        }
+        Ok(Self::BzImage { load, end })
+    }
+
+    /// End of all memory the kernel uses before it reads the memory map.
+    pub(crate) fn end(&self) -> u64 {
+        match self {
+            Self::Elf { end } | Self::BzImage { end, .. } => *end,
+        }
+    }
+
+    /// Copies the kernel to its place.
+    pub(crate) fn load(
+        &self,
+        memory: &GuestMemory,
+        file: &mut File,
+    ) -> Result<LoadedKernel, LoadError> {
+        let available = low_ram(memory);
+        if self.end() > available {
+            return Err(LoadError::MemoryTooSmall { needed: self.end(), available });
+        }
+        let (loaded, entry) = match self {
+            Self::Elf { .. } => {
+                let loaded = Elf::load(memory, None, file, None).map_err(KernelError::Loader)?;
+                let entry = loaded.kernel_load.0;
+                (loaded, entry)
+            }
+            Self::BzImage { load, .. } => {
+                let loaded = BzImage::load(memory, Some(GuestAddress(*load)), file, None)
+                    .map_err(KernelError::Loader)?;
+                (loaded, load + BZIMAGE_ENTRY_64)
+            }
+        };
+        Ok(LoadedKernel { entry, end: self.end(), header: loaded.setup_header })
+    }
+}
+
+/// Copies the initramfs to the top of the RAM below the hole, as far as the kernel can reach.
+/// Answers where it is.
+pub(crate) fn load_initramfs(
+    memory: &GuestMemory,
+    kernel: &LoadedKernel,
+    file: &mut File,
+) -> Result<(u64, u64), LoadError> {
+    let size = file.metadata().map_err(LoadError::Initramfs)?.len();
+    let reach = kernel.header.map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1);
+    let available = low_ram(memory).min(reach);
+    let start = available.checked_sub(size).map_or(0, |start| start & !0xfff);
+    if start < kernel.end {
+        let needed = kernel.end.saturating_add(size.next_multiple_of(4096));
+        return Err(LoadError::MemoryTooSmall { needed, available });
+    }
+    let bytes = usize::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge));
+    let bytes = bytes.map_err(LoadError::Initramfs)?;
+    io::Seek::rewind(file).map_err(LoadError::Initramfs)?;
+    memory.read_exact_volatile_from(GuestAddress(start), file, bytes)?;
+    Ok((start, size))
+}
+
+/// End of the RAM below the hole.
+fn low_ram(memory: &GuestMemory) -> u64 {
+    memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len)
+}
+
+fn read_up_to(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut have = 0;
+    while have < buffer.len() {
+        match file.read_at(&mut buffer[have..], have as u64) {
+            Ok(0) => break,
+            Ok(read) => have += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(have)
+}
+
+/// The processor an ELF header names.
+fn machine_name(machine: u16, class: u8) -> String {
+    let name = match machine {
+        3 => "i386",
+        21 => "ppc64",
+        22 => "s390",
+        40 => "arm",
+        EM_X86_64 => "x86_64",
+        183 => "aarch64",
+        243 => "RISC-V",
+        other => return format!("ELF machine {other}"),
+    };
+    let bits = if class == ELFCLASS64 { 64 } else { 32 };
+    format!("{name} (a {bits}-bit ELF file)")
+}

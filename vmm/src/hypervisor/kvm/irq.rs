@@ -1,0 +1,41 @@
+//! Interrupt lines into KVM's I/O APIC.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{HypervisorError, call};
+use crate::hypervisor::IrqLine;
+
+/// A wire to one pin.
+#[derive(Debug)]
+pub struct KvmIrqLine {
+    vm: Arc<VmFd>,
+    pin: u32,
+    /// Bound to the pin: a write is an edge.
+    edge: EventFd,
+}
+
+impl KvmIrqLine {
+    pub(super) fn new(vm: Arc<VmFd>, pin: u32) -> Result<Self, HypervisorError> {
+        let edge = EventFd::new(EFD_NONBLOCK)
+            .map_err(|source| HypervisorError::Call { call: "eventfd", source })?;
+        vm.register_irqfd(&edge, pin).map_err(call("KVM_IRQFD"))?;
+        Ok(Self { vm, pin, edge })
+    }
+}
+
+impl IrqLine for KvmIrqLine {
+    fn set(&self, high: bool) {
+        // Fails only for a pin that does not exist, and creation proved that it does.
+        if let Err(error) = self.vm.set_irq_line(self.pin, high) {
+            tracing::error!(pin = self.pin, %error, "KVM_IRQ_LINE failed");
+        }
+    }
+
+    fn pulse(&self) {
+        // Fails only when 2^64 - 1 edges are pending; then one is pending.
+        let _ = self.edge.write(1);
+    }
+}

@@ -1,0 +1,185 @@
+//! KVM.
+
+#![allow(unsafe_code)]
+
+mod irq;
+mod vcpu;
+mod x86_64;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Binding, Caps, Hypervisor, HypervisorError, VmBackend};
+use crate::sys::doorbell::Doorbell;
+
+pub use irq::KvmIrqLine;
+pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
+
+/// Where KVM is.
+const DEVICE: &str = "/dev/kvm";
+
+/// What nothing here works without.
+const NEEDED: [(Cap, &str); 8] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// The host's KVM.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+    caps: Caps,
+}
+
+impl Kvm {
+    /// Opens KVM at a path of the caller's.
+    ///
+    /// # Errors
+    /// Says whether it is absent, forbidden, not KVM, or lacking.
+    pub fn open_at(path: &Path) -> Result<Self, HypervisorError> {
+        let name = CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| HypervisorError::Absent { path: path.into() })?;
+        let fd = kvm_ioctls::Kvm::new_with_path(&name)
+            .map_err(|error| open_error(path, io::Error::from_raw_os_error(error.errno())))?;
+        let found = fd.get_api_version();
+        if i64::from(found) != i64::from(KVM_API_VERSION) {
+            return Err(HypervisorError::ApiVersion { path: path.into(), found });
+        }
+        check_capabilities(|capability| fd.check_extension(capability))?;
+        let caps = Caps {
+            max_vcpus: u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX),
+            cpu: x86_64::cpu_caps(&fd)?,
+        };
+        Ok(Self { fd, caps })
+    }
+}
+
+impl Hypervisor for Kvm {
+    type Vm = KvmVm;
+
+    fn open() -> Result<Self, HypervisorError> {
+        Self::open_at(Path::new(DEVICE))
+    }
+
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn create_vm(&self) -> Result<KvmVm, HypervisorError> {
+        let fd = self.fd.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        x86_64::create_platform(&fd)?;
+        Ok(KvmVm { fd: Arc::new(fd) })
+    }
+}
+
+/// What an error of opening the device means.
+fn open_error(path: &Path, source: io::Error) -> HypervisorError {
+    let path = path.into();
+    match source.raw_os_error() {
+        // ENXIO and ENODEV: the node is there, the module is not.
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::ENOTDIR) => {
+            HypervisorError::Absent { path }
+        }
+        Some(libc::EACCES | libc::EPERM) => HypervisorError::Forbidden { path, source },
+        _ => HypervisorError::Open { path, source },
+    }
+}
+
+fn check_capabilities(offers: impl Fn(Cap) -> bool) -> Result<(), HypervisorError> {
+    match NEEDED.into_iter().find(|(capability, _)| !offers(*capability)) {
+        Some((_, name)) => Err(HypervisorError::Lacks { capability: name }),
+        None => Ok(()),
+    }
+}
+
+/// Names the call that failed.
+fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
+    move |error| HypervisorError::Call {
+        call: name,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// A VM of KVM.
+#[derive(Debug)]
+pub struct KvmVm {
+    fd: Arc<VmFd>,
+}
+
+impl VmBackend for KvmVm {
+    type Seed = KvmSeed;
+    type Line = KvmIrqLine;
+
+    unsafe fn map(
+        &self,
+        slot: u32,
+        guest: u64,
+        host: *mut u8,
+        len: u64,
+    ) -> Result<(), HypervisorError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: guest,
+            memory_size: len,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the caller keeps the memory mapped for as long as the slot lives.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(call("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    fn unmap(&self, slot: u32) -> Result<(), HypervisorError> {
+        let region = kvm_userspace_memory_region { slot, ..Default::default() };
+        // SAFETY: size 0 deletes the slot and names no memory.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(call("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    fn create_vcpu(&self, index: u32) -> Result<KvmSeed, HypervisorError> {
+        let fd = self.fd.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU"))?;
+        Ok(KvmSeed::new(fd))
+    }
+
+    fn irq_line(&self, pin: u32) -> Result<KvmIrqLine, HypervisorError> {
+        KvmIrqLine::new(Arc::clone(&self.fd), pin)
+    }
+
+    fn bind_doorbell(
+        &self,
+        address: u64,
+        value: u32,
+        doorbell: &Doorbell,
+    ) -> Result<Binding, HypervisorError> {
+        let event = event_fd(doorbell)
+            .map_err(|source| HypervisorError::Call { call: "dup", source })?;
+        self.fd
+            .register_ioevent(&event, &IoEventAddress::Mmio(address), value)
+            .map_err(call("KVM_IOEVENTFD"))?;
+        Ok(Binding::Bound)
+    }
+}
+
+/// The doorbell's eventfd under the type kvm-ioctls wants; a duplicate, closed after the call.
+fn event_fd(doorbell: &Doorbell) -> io::Result<EventFd> {
+    let owned = doorbell.as_fd().try_clone_to_owned()?;
+    debug_assert!(owned.as_raw_fd() >= 0);
+    // SAFETY: the descriptor was just duplicated and is owned by nobody else.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(owned.into_raw_fd()) })
+}

@@ -1,0 +1,145 @@
+//! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_msr_entry, kvm_regs,
+    kvm_segment,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use super::{HypervisorError, call};
+use crate::arch::x86_64::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT, Leaf, layout};
+use crate::arch::{CpuCaps, VcpuSetup};
+
+/// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
+const INDEXED: u32 = 1;
+
+const CR0_PE: u64 = 1;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+/// RFLAGS with nothing but its always-one bit: interrupts are off.
+const RFLAGS: u64 = 2;
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+/// Without it Linux on Intel takes string instructions for slow.
+const MISC_ENABLE_FAST_STRINGS: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs on, everything write-back, as firmware leaves it.
+const MTRR_ENABLED_WRITE_BACK: u64 = (1 << 11) | 6;
+
+pub(super) fn cpu_caps(kvm: &Kvm) -> Result<CpuCaps, HypervisorError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+    let cpuid = supported
+        .as_slice()
+        .iter()
+        .map(|entry| Leaf {
+            function: entry.function,
+            index: entry.index,
+            indexed: entry.flags & INDEXED != 0,
+            eax: entry.eax,
+            ebx: entry.ebx,
+            ecx: entry.ecx,
+            edx: entry.edx,
+        })
+        .collect();
+    Ok(CpuCaps { cpuid, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
+}
+
+/// Interrupt controllers. No PIT: with kvm-clock and the TSC deadline timer nobody needs one.
+pub(super) fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
+    // The pages lie in the hole, out of everybody's way.
+    let tss = usize::try_from(layout::TSS).unwrap_or(usize::MAX);
+    vm.set_tss_address(tss).map_err(call("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))
+}
+
+pub(super) fn boot(fd: &VcpuFd, setup: &VcpuSetup) -> Result<(), HypervisorError> {
+    set_cpuid(fd, &setup.cpuid)?;
+    set_msrs(fd)?;
+    match setup.entry {
+        Some(entry) => set_entry(fd, entry),
+        None => Ok(()),
+    }
+}
+
+fn set_cpuid(fd: &VcpuFd, leaves: &[Leaf]) -> Result<(), HypervisorError> {
+    let entries: Vec<kvm_cpuid_entry2> = leaves
+        .iter()
+        .map(|leaf| kvm_cpuid_entry2 {
+            function: leaf.function,
+            index: leaf.index,
+            flags: if leaf.indexed { INDEXED } else { 0 },
+            eax: leaf.eax,
+            ebx: leaf.ebx,
+            ecx: leaf.ecx,
+            edx: leaf.edx,
+            ..Default::default()
+        })
+        .collect();
+    let too_many = |_| HypervisorError::Call {
+        call: "KVM_SET_CPUID2",
+        source: std::io::Error::from_raw_os_error(libc::E2BIG),
+    };
+    let cpuid = CpuId::from_entries(&entries).map_err(too_many)?;
+    fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+}
+
+fn set_msrs(fd: &VcpuFd) -> Result<(), HypervisorError> {
+    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let entries = [
+        msr(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS),
+        msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+    ];
+    let refused = || HypervisorError::Call {
+        call: "KVM_SET_MSRS",
+        source: std::io::Error::from_raw_os_error(libc::EINVAL),
+    };
+    let msrs = Msrs::from_entries(&entries).map_err(|_| refused())?;
+    let set = fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
+    if set == entries.len() { Ok(()) } else { Err(refused()) }
+}
+
+/// 64-bit mode, paging on, flat segments, interrupts off (boot.rst, "64-bit Boot Protocol").
+fn set_entry(fd: &VcpuFd, entry: Entry) -> Result<(), HypervisorError> {
+    let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+    sregs.cs = segment(CODE_SELECTOR);
+    let data = segment(DATA_SELECTOR);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.gdt.base = entry.gdt;
+    sregs.gdt.limit = u16::try_from(size_of_val(&GDT) - 1).unwrap_or(0);
+    sregs.cr0 |= CR0_PE | CR0_PG;
+    sregs.cr3 = entry.cr3;
+    sregs.cr4 |= CR4_PAE;
+    sregs.efer |= EFER_LME | EFER_LMA;
+    fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
+
+    let regs = kvm_regs { rip: entry.rip, rsi: entry.rsi, rflags: RFLAGS, ..Default::default() };
+    fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+    // As after FINIT, with all exceptions masked.
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    fd.set_fpu(&fpu).map_err(call("KVM_SET_FPU"))
+}
+
+/// The descriptor `selector` names in [`GDT`], unpacked (Intel SDM 3, 3.4.5).
+fn segment(selector: u16) -> kvm_segment {
+    let descriptor = GDT.get(usize::from(selector / 8)).copied().unwrap_or(0);
+    let bits = |from: u32, count: u32| ((descriptor >> from) & ((1 << count) - 1)) as u8;
+    kvm_segment {
+        base: 0,
+        // Both are flat and page-granular.
+        limit: u32::MAX,
+        selector,
+        type_: bits(40, 4),
+        s: bits(44, 1),
+        dpl: bits(45, 2),
+        present: bits(47, 1),
+        avl: bits(52, 1),
+        l: bits(53, 1),
+        db: bits(54, 1),
+        g: bits(55, 1),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,118 @@
+//! From a configuration to a VM ready to run.
+
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::devices::{DeviceSet, Devices};
+use super::run::{self, Running};
+use crate::arch::current::{self, BootSource, KernelImage, MIN_MEMORY, Platform, layout};
+use crate::arch::VcpuSetup;
+use crate::config::VmConfig;
+use crate::devices::bus::Bus;
+use crate::devices::power::{KeyboardReset, PowerRegisters};
+use crate::devices::serial::Com1;
+use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
+use crate::error::Error;
+use crate::hypervisor::{Hypervisor, IrqLine, VmBackend};
+use crate::memory::GuestMemory;
+use crate::sys::random;
+use crate::vcpu::Buses;
+
+/// A VM ready to run.
+pub(super) struct Assembly<B: VmBackend> {
+    // The VM goes before the memory it maps.
+    seeds: Vec<B::Seed>,
+    setups: Vec<VcpuSetup>,
+    buses: Arc<Buses>,
+    devices: Devices,
+    backend: B,
+    memory: GuestMemory,
+}
+
+/// Checks what can be checked without a hypervisor.
+pub(super) fn check(config: &VmConfig) -> Result<KernelImage, Error> {
+    if config.vcpus == 0 || config.vcpus > current::MAX_VCPUS {
+        return Err(Error::Vcpus { asked: config.vcpus, max: current::MAX_VCPUS });
+    }
+    if config.memory < MIN_MEMORY || !config.memory.is_multiple_of(4096) {
+        return Err(Error::MemorySize { asked: config.memory, min: MIN_MEMORY });
+    }
+    Ok(KernelImage::recognise(&config.kernel)?)
+}
+
+impl<B: VmBackend> Assembly<B> {
+    pub(super) fn new<H: Hypervisor<Vm = B>>(
+        hypervisor: &H,
+        mut config: VmConfig,
+        kernel: &KernelImage,
+    ) -> Result<Self, Error> {
+        let caps = hypervisor.caps();
+        if config.vcpus > caps.max_vcpus {
+            return Err(Error::Vcpus { asked: config.vcpus, max: caps.max_vcpus });
+        }
+        let memory = GuestMemory::anonymous(&layout::ram_ranges(config.memory))?;
+        let backend = hypervisor.create_vm()?;
+        for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
+            // SAFETY: `Assembly` and `Running` keep the memory until after VM and vCPUs are gone,
+            // and vm-memory makes no references into it.
+            unsafe { backend.map(slot, guest.0, host, len) }?;
+        }
+
+        let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
+        set.add_configured(&mut config)?;
+        let mut buses = Buses::default();
+        let com1 = add_pc_devices(&backend, &mut buses.pio, config.serial.take())?;
+        let virtio_devices = set.len();
+        let devices = set.attach(&backend, &mut buses.mmio)?;
+
+        let mut seed = [0; 32];
+        random::fill(&mut seed).map_err(Error::Entropy)?;
+        let source = BootSource {
+            kernel,
+            kernel_file: &mut config.kernel,
+            initramfs: config.initramfs.as_mut(),
+            command_line: &config.cmdline,
+            seed,
+        };
+        let platform = Platform { vcpus: config.vcpus, virtio_devices, com1 };
+        let entry = current::load(&memory, source, platform)?;
+
+        let seeds =
+            (0..config.vcpus).map(|index| backend.create_vcpu(index)).collect::<Result<_, _>>()?;
+        let setups = (0..config.vcpus)
+            .map(|index| current::vcpu_setup(&caps.cpu, index, config.vcpus, entry))
+            .collect();
+        Ok(Self { seeds, setups, buses: Arc::new(buses), devices, backend, memory })
+    }
+
+    pub(super) fn start(self) -> Result<Running, Error> {
+        run::start(run::Parts {
+            vcpus: self.seeds.into_iter().zip(self.setups).collect(),
+            buses: self.buses,
+            devices: self.devices,
+            keep: Box::new((self.backend, self.memory)),
+        })
+    }
+}
+
+/// Power registers, the keyboard controller's reset, and COM1 if its log goes anywhere.
+fn add_pc_devices<B: VmBackend>(
+    backend: &B,
+    pio: &mut Bus,
+    serial: Option<std::os::fd::OwnedFd>,
+) -> Result<bool, Error> {
+    let ports = u64::from(layout::POWER_PORTS);
+    pio.insert(u64::from(layout::POWER), ports, Arc::new(PowerRegisters))?;
+    pio.insert(u64::from(layout::I8042_COMMAND), 1, Arc::new(KeyboardReset))?;
+    let Some(sink) = serial else { return Ok(false) };
+    let line = backend.irq_line(layout::COM1_PIN)?;
+    let com1 = Com1::new(sink, Box::new(move || line.pulse()));
+    pio.insert(u64::from(layout::COM1), u64::from(layout::COM1_PORTS), Arc::new(com1))?;
+    Ok(true)
+}
+
+/// The address whose 32-bit writes ring the doorbells of the device in `slot`.
+pub(super) fn notify_address(slot: u32) -> u64 {
+    layout::virtio_address(slot) + QUEUE_NOTIFY
+}
