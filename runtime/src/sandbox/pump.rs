@@ -1,0 +1,237 @@
+//! What machine and agent report becomes state and events.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use supermachine_protocol as protocol;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::watch;
+
+use super::create::end_of;
+use super::machine::Event as MachineEvent;
+use super::process::Status;
+use super::{Container, Error, Event, Exit, Inner, Slot, Vm, killed_exit, unknown_exit};
+use crate::agent;
+
+/// How far a machine has come.
+pub(super) struct Progress {
+    pub(super) listening: watch::Receiver<bool>,
+    pub(super) ended: watch::Receiver<Option<String>>,
+}
+
+impl Inner {
+    /// Follows the machine until its end.
+    pub(super) fn watch_machine(
+        self: &Arc<Self>,
+        mut events: UnboundedReceiver<MachineEvent>,
+    ) -> Progress {
+        let (listening_tx, listening) = watch::channel(false);
+        let (ended_tx, ended) = watch::channel(None);
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                match event {
+                    MachineEvent::PortOpened(protocol::AGENT_CONSOLE_PORT) => {
+                        listening_tx.send_replace(true);
+                    }
+                    MachineEvent::PortOpened(port) => inner.port_opened(port),
+                    MachineEvent::PortClosed(port) => inner.port_closed(port),
+                    MachineEvent::Ended { reason, killed } => {
+                        tracing::info!(reason, "the virtual machine ended");
+                        // First: whoever waits for the guest then finds why it does not answer.
+                        ended_tx.send_replace(Some(reason));
+                        inner.machine_ended(killed);
+                        return;
+                    }
+                }
+            }
+            ended_tx.send_replace(Some("its process vanished".to_owned()));
+            inner.machine_ended(false);
+        });
+        Progress { listening, ended }
+    }
+
+    /// Follows the agent until its connection ends; a machine without one is of no use.
+    pub(super) fn watch_agent(self: &Arc<Self>, mut vm: Vm, mut events: agent::Events) {
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            let why = loop {
+                match events.recv().await {
+                    Ok(Some(event)) => inner.agent_event(event),
+                    Ok(None) => break "it closed the event stream".to_owned(),
+                    Err(error) => break agent::clean(&error.to_string()),
+                }
+            };
+            let limit = inner.timeouts.stop;
+            if tokio::time::timeout(limit, end_of(&mut vm.ended))
+                .await
+                .is_err()
+            {
+                tracing::warn!(why, "lost the guest's agent, ending its machine");
+                vm.machine.kill().await;
+            }
+        });
+    }
+
+    fn agent_event(self: &Arc<Self>, event: protocol::Event) {
+        match event.kind {
+            Some(protocol::event::Kind::Exit(exit)) => self.process_exited(&exit),
+            Some(protocol::event::Kind::Oom(oom)) => {
+                let known = self.with(&oom.container_id, |container| Ok(container.id.clone()));
+                if let Ok(container_id) = known {
+                    self.tell(Event::OutOfMemory { container_id });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn process_exited(self: &Arc<Self>, report: &protocol::Exit) {
+        let exit = Exit {
+            // The host's clock: the guest's is its own affair.
+            at: SystemTime::now(),
+            status: report.status.min(super::STATUS_UNKNOWN),
+        };
+        let (id, exec_id) = (&report.container_id, &report.exec_id);
+        let draining = self.with_process(id, exec_id, |entry, _| {
+            entry.process.exited(exit);
+            Ok(entry.process.is_draining())
+        });
+        match draining {
+            Ok(true) => self.bound_drain(id.clone(), exec_id.clone()),
+            Ok(false) => {}
+            Err(_) => {
+                let exec_id = agent::clean(exec_id);
+                tracing::warn!(exec_id, "the guest reports the exit of an unknown process");
+            }
+        }
+        self.settle(id, exec_id);
+    }
+
+    /// Output that nobody takes must not hide an exit for ever.
+    fn bound_drain(self: &Arc<Self>, id: String, exec_id: String) {
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(inner.timeouts.drain).await;
+            let gave_up = inner.with_process(&id, &exec_id, |entry, _| {
+                let draining = entry.process.is_draining();
+                entry.process.give_up_output();
+                Ok(draining)
+            });
+            if let Ok(true) = gave_up {
+                tracing::warn!(
+                    id,
+                    exec_id,
+                    "output was not read in time; reporting the exit"
+                );
+                inner.settle(&id, &exec_id);
+            }
+        });
+    }
+
+    fn port_opened(&self, port: u32) {
+        if let Slot::Taken(container) = &mut *self.slot() {
+            container.ports.guest_opened(port);
+        }
+    }
+
+    fn port_closed(self: &Arc<Self>, port: u32) {
+        let mut slot = self.slot();
+        let Slot::Taken(container) = &mut *slot else {
+            return;
+        };
+        container.ports.guest_closed(port);
+        let owner = container
+            .processes
+            .iter_mut()
+            .find(|(_, entry)| entry.ports.contains(&port));
+        let Some((exec_id, entry)) = owner else {
+            return;
+        };
+        entry.process.port_closed(port);
+        let (id, exec_id) = (container.id.clone(), exec_id.clone());
+        drop(slot);
+        self.settle(&id, &exec_id);
+    }
+
+    fn machine_ended(self: &Arc<Self>, killed: bool) {
+        let exit = if killed {
+            killed_exit()
+        } else {
+            unknown_exit()
+        };
+        let mut slot = self.slot();
+        let Slot::Taken(container) = &mut *slot else {
+            return;
+        };
+        let mut exec_ids: Vec<String> = container.processes.keys().cloned().collect();
+        // The init process, whose id is empty, last: its end is the container's.
+        exec_ids.sort_by(|a, b| b.cmp(a));
+        for entry in container.processes.values_mut() {
+            // An exec that was never started is not in the guest, and stays startable in vain.
+            if entry.exec.is_none() {
+                entry.process.lost(exit);
+            }
+        }
+        let id = container.id.clone();
+        drop(slot);
+        for exec_id in exec_ids {
+            self.settle(&id, &exec_id);
+        }
+    }
+
+    /// Makes a process's exit public if it is time, and gives back what it held.
+    pub(super) fn settle(self: &Arc<Self>, id: &str, exec_id: &str) {
+        let _ = self.with(id, |container| {
+            let pid = container.pid();
+            let Some(entry) = container.processes.get_mut(exec_id) else {
+                return Ok(());
+            };
+            if let Some(exit) = entry.process.settle() {
+                self.tell_exit(container, exec_id, pid, exit);
+            }
+            Ok(())
+        });
+    }
+
+    /// The process has stopped: tells so and frees its ports.
+    pub(super) fn tell_exit(
+        self: &Arc<Self>,
+        container: &mut Container,
+        exec_id: &str,
+        pid: u32,
+        exit: Exit,
+    ) {
+        self.tell(Event::Exited {
+            container_id: container.id.clone(),
+            exec_id: exec_id.to_owned(),
+            pid,
+            exit,
+        });
+        self.free_streams(container, exec_id);
+    }
+
+    /// Detaches a process's ports, whose numbers then serve others.
+    pub(super) fn free_streams(self: &Arc<Self>, container: &mut Container, exec_id: &str) {
+        let Some(entry) = container.processes.get_mut(exec_id) else {
+            return;
+        };
+        debug_assert_ne!(entry.process.status(), Status::Running);
+        entry.held = super::Held::default();
+        let ports = std::mem::take(&mut entry.ports);
+        if ports.is_empty() || container.vm.ended.borrow().is_some() {
+            return;
+        }
+        let machine = Arc::clone(&container.vm.machine);
+        let (inner, id) = (Arc::clone(self), container.id.clone());
+        tokio::spawn(async move {
+            for port in ports {
+                machine.detach(port).await;
+                let _: Result<(), Error> = inner.with(&id, |container| {
+                    container.ports.host_closed(port);
+                    Ok(())
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,104 @@
+//! The daemon: serves one container's Task API until containerd says it is done.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use supermachine_runtime::config::{self, Resolved};
+use supermachine_runtime::sandbox::Sandbox;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, mpsc, oneshot};
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::BoxError;
+use crate::args::Args;
+use crate::publish::Publisher;
+use crate::start::socket_of;
+use crate::task::{Task, services};
+
+/// Blocking work (images, control of the VM) is short and seldom parallel.
+const BLOCKING_THREADS: usize = 4;
+const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);
+
+/// How long the last events may take to reach containerd.
+const FLUSH: Duration = Duration::from_secs(10);
+
+/// Serves until told to stop.
+///
+/// # Errors
+/// Stdin is not the socket that `start` made, or the configuration is wrong.
+pub(crate) fn run(args: Args) -> Result<(), BoxError> {
+    let listener = inherited_socket()?;
+    let config = config::load(None)?;
+    log_to_stderr(&args, &config);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(BLOCKING_KEEP_ALIVE)
+        .build()?;
+    let result = runtime.block_on(serve(&args, listener, config));
+    // Blocking work still under way is for something that has ended.
+    runtime.shutdown_background();
+    if let Err(error) = &result {
+        tracing::error!(%error, "the shim failed");
+    }
+    let _ = std::fs::remove_file(socket_of(&args));
+    result
+}
+
+/// Stdin, which `start` made the listening socket; then stdin is /dev/null.
+fn inherited_socket() -> Result<UnixListener, BoxError> {
+    let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
+    let listener = UnixListener::from(socket);
+    listener
+        .local_addr()
+        .map_err(|_| "Stdin is not a socket; containerd runs this program with \"start\" first")?;
+    rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    Ok(listener)
+}
+
+fn log_to_stderr(args: &Args, config: &Resolved) {
+    let level = if args.debug {
+        tracing::Level::DEBUG
+    } else {
+        config.log.level.into()
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_writer(io::stderr)
+        .init();
+}
+
+async fn serve(args: &Args, listener: UnixListener, config: Resolved) -> Result<(), BoxError> {
+    let (events, queue) = mpsc::unbounded_channel();
+    let sandbox = Sandbox::new(config, events);
+    let done = Arc::new(Notify::new());
+    let (close, closing) = oneshot::channel();
+    let publisher = tokio::spawn(Publisher::new(args).run(queue, closing));
+    let task = Task::new(args, sandbox.clone(), Arc::clone(&done));
+
+    let mut server = Server::new()
+        .add_listener(Listener::try_from(listener)?)
+        .register_service(services(task));
+    server.start().await?;
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        () = done.notified() => {}
+        _ = terminate.recv() => tracing::info!("ended by SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("ended by SIGINT"),
+    }
+    sandbox.end().await;
+    // Connections end with the process: to wait for their handlers is to wait for clients.
+    server.stop_listen().await;
+    let _ = close.send(());
+    if tokio::time::timeout(FLUSH, publisher).await.is_err() {
+        tracing::warn!("containerd did not take the last events");
+    }
+    Ok(())
+}

@@ -1,0 +1,258 @@
+//! Events on their way to containerd: one queue, one at a time, in order.
+//!
+//! They go over containerd's ttrpc socket; where that fails, by running the containerd binary,
+//! which knows how to publish too. A containerd that is being restarted is waited for, a while.
+
+use std::collections::VecDeque;
+use std::process::Stdio;
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::Envelope;
+use containerd_shim_protos::events::task;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use containerd_shim_protos::types::mount::Mount;
+use containerd_shim_protos::{api, topics};
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField, MessageFull};
+use supermachine_runtime::events::Event;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::oneshot;
+use ttrpc::context;
+
+use crate::BoxError;
+use crate::args::Args;
+use crate::task::timestamp;
+
+/// How long containerd may take for one event.
+const FORWARD: Duration = Duration::from_secs(5);
+
+/// Pauses before the second and later attempts to deliver an event.
+const RETRIES: [Duration; 5] = [
+    Duration::from_millis(20),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+];
+
+/// Delivers a sandbox's events.
+pub(crate) struct Publisher {
+    namespace: String,
+    address: String,
+    ttrpc_address: String,
+    binary: String,
+    client: Option<EventsClient>,
+}
+
+impl Publisher {
+    pub(crate) fn new(args: &Args) -> Self {
+        Self {
+            namespace: args.namespace.clone(),
+            address: args.address.clone(),
+            ttrpc_address: args.ttrpc_address.clone(),
+            binary: args.publish_binary.clone(),
+            client: None,
+        }
+    }
+
+    /// Delivers until `closing` resolves; then what is in the queue, and no more.
+    pub(crate) async fn run(
+        mut self,
+        mut queue: UnboundedReceiver<Event>,
+        mut closing: oneshot::Receiver<()>,
+    ) {
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = queue.recv() => event,
+                _ = &mut closing => None,
+            };
+            let Some(event) = event else { return };
+            let (topic, event) = encode(&event);
+            let mut envelope = Envelope::new();
+            envelope.timestamp = Some(timestamp(SystemTime::now())).into();
+            envelope.namespace.clone_from(&self.namespace);
+            envelope.topic = topic.to_owned();
+            envelope.event = Some(event).into();
+            self.deliver(envelope).await;
+        }
+    }
+
+    async fn deliver(&mut self, envelope: Envelope) {
+        let mut pauses: VecDeque<_> = RETRIES.into();
+        loop {
+            let failed = match self.forward(&envelope).await {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            tracing::debug!(error = %failed, topic = envelope.topic, "could not forward an event");
+            self.client = None;
+            match self.run_binary(&envelope).await {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(%error, "could not publish an event by containerd"),
+            }
+            let Some(pause) = pauses.pop_front() else {
+                tracing::warn!(error = %failed, topic = envelope.topic, "an event is lost");
+                return;
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn forward(&mut self, envelope: &Envelope) -> Result<(), BoxError> {
+        if self.ttrpc_address.is_empty() {
+            return Err("containerd has no ttrpc address".into());
+        }
+        let client = match &self.client {
+            Some(client) => client,
+            None => {
+                let path = self.ttrpc_address.trim_start_matches("unix://");
+                let connection = Client::connect(&format!("unix://{path}")).await?;
+                self.client.insert(EventsClient::new(connection))
+            }
+        };
+        let mut request = api::ForwardRequest::new();
+        request.envelope = MessageField::some(envelope.clone());
+        client
+            .forward(context::with_duration(FORWARD), &request)
+            .await?;
+        Ok(())
+    }
+
+    /// Has the containerd binary publish it over gRPC.
+    async fn run_binary(&self, envelope: &Envelope) -> Result<(), BoxError> {
+        if self.binary.is_empty() {
+            return Err("no -publish-binary was given".into());
+        }
+        let mut child = tokio::process::Command::new(&self.binary)
+            .args(["--address", &self.address, "publish"])
+            .args(["--topic", &envelope.topic, "--namespace", &self.namespace])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        let event = envelope.event.write_to_bytes()?;
+        let run = async {
+            if let Some(mut stdin) = child.stdin.take() {
+                stdin.write_all(&event).await?;
+            }
+            child.wait().await
+        };
+        let status = tokio::time::timeout(FORWARD, run).await??;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("{} publish: {status}", self.binary).into())
+        }
+    }
+}
+
+/// containerd's topic and message for an event.
+fn encode(event: &Event) -> (&'static str, Any) {
+    match event {
+        Event::Created {
+            container_id,
+            bundle,
+            rootfs,
+            stdio,
+            pid,
+        } => {
+            let mut io = task::TaskIO::new();
+            io.stdin = stdio.stdin.to_string();
+            io.stdout = stdio.stdout.to_string();
+            io.stderr = stdio.stderr.to_string();
+            io.terminal = stdio.terminal;
+            let mut message = task::TaskCreate::new();
+            message.container_id.clone_from(container_id);
+            message.bundle = bundle.display().to_string();
+            message.rootfs = rootfs
+                .iter()
+                .map(|mount| Mount {
+                    type_: mount.kind.clone(),
+                    source: mount.source.clone(),
+                    target: mount.target.clone(),
+                    options: mount.options.clone(),
+                    ..Mount::new()
+                })
+                .collect();
+            message.io = Some(io).into();
+            message.pid = *pid;
+            (topics::TASK_CREATE_EVENT_TOPIC, pack(&message))
+        }
+        Event::Started { container_id, pid } => {
+            let mut message = task::TaskStart::new();
+            message.container_id.clone_from(container_id);
+            message.pid = *pid;
+            (topics::TASK_START_EVENT_TOPIC, pack(&message))
+        }
+        Event::ExecAdded {
+            container_id,
+            exec_id,
+        } => {
+            let mut message = task::TaskExecAdded::new();
+            message.container_id.clone_from(container_id);
+            message.exec_id.clone_from(exec_id);
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, pack(&message))
+        }
+        Event::ExecStarted {
+            container_id,
+            exec_id,
+            pid,
+        } => {
+            let mut message = task::TaskExecStarted::new();
+            message.container_id.clone_from(container_id);
+            message.exec_id.clone_from(exec_id);
+            message.pid = *pid;
+            (topics::TASK_EXEC_STARTED_EVENT_TOPIC, pack(&message))
+        }
+        Event::Exited {
+            container_id,
+            exec_id,
+            pid,
+            exit,
+        } => {
+            let mut message = task::TaskExit::new();
+            message.container_id.clone_from(container_id);
+            // The init process goes by its container's id here.
+            let id = if exec_id.is_empty() {
+                container_id
+            } else {
+                exec_id
+            };
+            message.id.clone_from(id);
+            message.pid = *pid;
+            message.exit_status = exit.status;
+            message.exited_at = Some(timestamp(exit.at)).into();
+            (topics::TASK_EXIT_EVENT_TOPIC, pack(&message))
+        }
+        Event::Deleted {
+            container_id,
+            pid,
+            exit,
+        } => {
+            let mut message = task::TaskDelete::new();
+            message.container_id.clone_from(container_id);
+            message.id.clone_from(container_id);
+            message.pid = *pid;
+            message.exit_status = exit.status;
+            message.exited_at = Some(timestamp(exit.at)).into();
+            (topics::TASK_DELETE_EVENT_TOPIC, pack(&message))
+        }
+        Event::OutOfMemory { container_id } => {
+            let mut message = task::TaskOOM::new();
+            message.container_id.clone_from(container_id);
+            (topics::TASK_OOM_EVENT_TOPIC, pack(&message))
+        }
+    }
+}
+
+/// containerd names types in an `Any` by their bare full name.
+fn pack<M: MessageFull>(message: &M) -> Any {
+    let mut any = Any::new();
+    any.type_url = M::descriptor().full_name().to_owned();
+    // Writing to memory fails only for messages beyond 2 GiB.
+    any.value = message.write_to_bytes().unwrap_or_default();
+    any
+}

@@ -1,0 +1,274 @@
+//! containerd's Task service: each call is decoded, done by the runtime, and encoded.
+//!
+//! What is not offered (pause, resume, checkpoint, update, stats) is answered by name with
+//! `UNIMPLEMENTED`, which containerd shows as "not implemented".
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim_async;
+use containerd_shim_protos::types::task::{ProcessInfo, Status as ApiStatus};
+use protobuf::well_known_types::timestamp::Timestamp;
+use supermachine_runtime::events::Exit;
+use supermachine_runtime::request::{self, Stdio};
+use supermachine_runtime::sandbox::{Error, Kind, Sandbox, Status};
+use tokio::sync::Notify;
+use ttrpc::asynchronous::{Service, TtrpcContext};
+use ttrpc::{Code, get_status};
+
+use crate::args::Args;
+
+/// The service's name since containerd 2.0, and before. The protocols differ in nothing else.
+const V3: &str = "containerd.task.v3.Task";
+const V2: &str = "containerd.task.v2.Task";
+
+/// One container's Task service.
+#[derive(Clone)]
+pub(crate) struct Task {
+    namespace: String,
+    sandbox: Sandbox,
+    /// Told when containerd wants the daemon gone.
+    done: Arc<Notify>,
+}
+
+impl Task {
+    pub(crate) fn new(args: &Args, sandbox: Sandbox, done: Arc<Notify>) -> Self {
+        Self {
+            namespace: args.namespace.clone(),
+            sandbox,
+            done,
+        }
+    }
+}
+
+/// The methods of `task`, under both names.
+pub(crate) fn services(task: Task) -> HashMap<String, Service> {
+    let task = Arc::new(task);
+    let mut services = shim_async::create_task(task.clone());
+    if let Some(v2) = shim_async::create_task(task).remove(V3) {
+        services.insert(V2.to_owned(), v2);
+    }
+    services
+}
+
+type Reply<T> = ttrpc::Result<T>;
+
+#[async_trait]
+impl shim_async::Task for Task {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        req: api::CreateTaskRequest,
+    ) -> Reply<api::CreateTaskResponse> {
+        if !req.checkpoint.is_empty() {
+            return Err(unimplemented("Create from a checkpoint"));
+        }
+        let stdio = stdio(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
+        let rootfs = req.rootfs.into_iter().map(|mount| request::Mount {
+            kind: mount.type_,
+            source: mount.source,
+            options: mount.options,
+            target: mount.target,
+        });
+        let create = request::Create::new(
+            &self.namespace,
+            &req.id,
+            Path::new(&req.bundle),
+            rootfs.collect(),
+            stdio,
+        );
+        let create = create.map_err(|error| status(error.into()))?;
+        let mut reply = api::CreateTaskResponse::new();
+        reply.pid = self.sandbox.create(create).await.map_err(status)?;
+        Ok(reply)
+    }
+
+    async fn start(&self, _: &TtrpcContext, req: api::StartRequest) -> Reply<api::StartResponse> {
+        let mut reply = api::StartResponse::new();
+        reply.pid = self
+            .sandbox
+            .start(&req.id, &req.exec_id)
+            .await
+            .map_err(status)?;
+        Ok(reply)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, req: api::ExecProcessRequest) -> Reply<api::Empty> {
+        let stdio = stdio(&req.stdin, &req.stdout, &req.stderr, req.terminal)?;
+        let exec = request::Exec::new(&req.id, &req.exec_id, &req.spec.value, stdio)
+            .map_err(|error| status(error.into()))?;
+        self.sandbox.exec(exec).map_err(status)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn state(&self, _: &TtrpcContext, req: api::StateRequest) -> Reply<api::StateResponse> {
+        let state = self.sandbox.state(&req.id, &req.exec_id).map_err(status)?;
+        let mut reply = api::StateResponse::new();
+        reply.id = req.id;
+        reply.exec_id = req.exec_id;
+        reply.bundle = state.bundle.display().to_string();
+        reply.pid = state.pid;
+        reply.status = match state.status {
+            Status::Created => ApiStatus::CREATED,
+            Status::Running => ApiStatus::RUNNING,
+            Status::Stopped => ApiStatus::STOPPED,
+        }
+        .into();
+        reply.stdin = state.stdio.stdin.to_string();
+        reply.stdout = state.stdio.stdout.to_string();
+        reply.stderr = state.stdio.stderr.to_string();
+        reply.terminal = state.stdio.terminal;
+        if let Some(Exit { status, at }) = state.exit {
+            reply.exit_status = status;
+            reply.exited_at = Some(timestamp(at)).into();
+        }
+        Ok(reply)
+    }
+
+    async fn kill(&self, _: &TtrpcContext, req: api::KillRequest) -> Reply<api::Empty> {
+        self.sandbox
+            .kill(&req.id, &req.exec_id, req.signal, req.all)
+            .await
+            .map_err(status)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, req: api::WaitRequest) -> Reply<api::WaitResponse> {
+        let exit = self
+            .sandbox
+            .wait(&req.id, &req.exec_id)
+            .await
+            .map_err(status)?;
+        let mut reply = api::WaitResponse::new();
+        reply.exit_status = exit.status;
+        reply.exited_at = Some(timestamp(exit.at)).into();
+        Ok(reply)
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        req: api::DeleteRequest,
+    ) -> Reply<api::DeleteResponse> {
+        let (pid, exit) = self
+            .sandbox
+            .delete(&req.id, &req.exec_id)
+            .await
+            .map_err(status)?;
+        let mut reply = api::DeleteResponse::new();
+        reply.pid = pid;
+        reply.exit_status = exit.status;
+        reply.exited_at = Some(timestamp(exit.at)).into();
+        Ok(reply)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, req: api::PidsRequest) -> Reply<api::PidsResponse> {
+        // Pids are the host's to whoever asks; on the host there is the machine's process alone.
+        let mut process = ProcessInfo::new();
+        process.pid = self.sandbox.pid(&req.id).map_err(status)?;
+        let mut reply = api::PidsResponse::new();
+        reply.processes.push(process);
+        Ok(reply)
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, req: api::ResizePtyRequest) -> Reply<api::Empty> {
+        self.sandbox
+            .resize(&req.id, &req.exec_id, req.width, req.height)
+            .await
+            .map_err(status)?;
+        Ok(api::Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, req: api::CloseIORequest) -> Reply<api::Empty> {
+        if req.stdin {
+            self.sandbox
+                .close_stdin(&req.id, &req.exec_id)
+                .map_err(status)?;
+        }
+        Ok(api::Empty::new())
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        req: api::ConnectRequest,
+    ) -> Reply<api::ConnectResponse> {
+        let mut reply = api::ConnectResponse::new();
+        reply.shim_pid = std::process::id();
+        // Before there is a container there is no task, but there is a shim.
+        reply.task_pid = self.sandbox.pid(&req.id).unwrap_or(0);
+        reply.version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(reply)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Reply<api::Empty> {
+        // Others may still live here; containerd asks after each.
+        if self.sandbox.is_empty() {
+            self.done.notify_one();
+        }
+        Ok(api::Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> Reply<api::Empty> {
+        Err(unimplemented("Pause"))
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> Reply<api::Empty> {
+        Err(unimplemented("Resume"))
+    }
+
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        _: api::CheckpointTaskRequest,
+    ) -> Reply<api::Empty> {
+        Err(unimplemented("Checkpoint"))
+    }
+
+    async fn update(&self, _: &TtrpcContext, _: api::UpdateTaskRequest) -> Reply<api::Empty> {
+        Err(unimplemented("Update"))
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: api::StatsRequest) -> Reply<api::StatsResponse> {
+        Err(unimplemented("Stats"))
+    }
+}
+
+fn stdio(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Reply<Stdio> {
+    Stdio::new(stdin, stdout, stderr, terminal).map_err(|error| status(error.into()))
+}
+
+fn unimplemented(what: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(
+        Code::UNIMPLEMENTED,
+        format!("{what} is not supported by supermachine"),
+    ))
+}
+
+/// The runtime's refusal in containerd's terms.
+fn status(error: Error) -> ttrpc::Error {
+    let code = match error.kind() {
+        Kind::NotFound => Code::NOT_FOUND,
+        Kind::AlreadyExists => Code::ALREADY_EXISTS,
+        Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
+        Kind::InvalidArgument => Code::INVALID_ARGUMENT,
+        Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+        Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
+        Kind::Unimplemented => Code::UNIMPLEMENTED,
+        Kind::Internal => Code::INTERNAL,
+    };
+    ttrpc::Error::RpcStatus(get_status(code, error.chain()))
+}
+
+/// A moment as protobuf has it; moments before 1970 become 1970.
+pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut stamp = Timestamp::new();
+    stamp.seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+    stamp.nanos = i32::try_from(since.subsec_nanos()).unwrap_or(0);
+    stamp
+}
