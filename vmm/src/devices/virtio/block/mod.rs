@@ -1,1 +1,67 @@
-//! virtio-block.
+//! virtio-block (virtio 1.2, 5.2): disks.
+//!
+//! Requests are parsed by [`wire`] before anything is done; data goes between guest memory and the
+//! [`Backend`] without a copy. A request that makes no sense is answered with an error status and
+//! the disk goes on; a queue that makes none stops the disk.
+
+mod device;
+mod file;
+mod metrics;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+mod worker;
+
+use std::fmt;
+use std::io;
+
+use vm_memory::VolatileSlice;
+
+pub use device::Block;
+pub use file::FileBackend;
+pub use metrics::Metrics;
+
+/// Where a disk's bytes are. Positions and lengths are checked against [`Backend::size`] before.
+pub trait Backend: fmt::Debug + Send {
+    /// Bytes. Never changes; what is over whole sectors of 512 bytes is not shown to the guest.
+    fn size(&self) -> u64;
+
+    /// Fills all of `into` from `offset` on, or fails.
+    fn read(&mut self, offset: u64, into: Vec<VolatileSlice<'_>>) -> io::Result<()>;
+
+    /// Writes all of `from` from `offset` on, or fails.
+    fn write(&mut self, offset: u64, from: Vec<VolatileSlice<'_>>) -> io::Result<()>;
+
+    /// Returns when everything written before is durable.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// The guest has no more use for this range; what it reads there is up to the backend.
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeroes; `may_unmap` allows to give its space back.
+    fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct BlockConfig {
+    /// Its name in logs and metrics.
+    pub id: String,
+    /// Its contents.
+    pub backend: Box<dyn Backend>,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// What the guest finds in `/sys/block/*/serial`; at most 20 bytes, without NUL.
+    pub serial: String,
+}
+
+/// Why a [`BlockConfig`] makes no disk.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The serial number does not fit the request that asks for it.
+    #[error("Disk serial {serial:?} is {} bytes, at most 20 without NUL are possible", serial.len())]
+    Serial {
+        /// The serial number.
+        serial: String,
+    },
+}

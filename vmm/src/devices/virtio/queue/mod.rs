@@ -15,6 +15,7 @@
 mod chain;
 mod cursor;
 mod fault;
+mod serve;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -31,6 +32,7 @@ use chain::Watch;
 pub use chain::{Chain, Segment};
 pub use cursor::{CursorError, Reader, Writer};
 pub use fault::{Part, RingFault};
+pub use serve::ServeError;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;

@@ -1,0 +1,171 @@
+//! A disk as its transport sees it.
+
+use std::sync::Arc;
+
+use super::wire::{Disk, ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+use super::worker::Worker;
+use super::{Backend, BlockConfig, BlockError, Metrics};
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::sys::reactor::Running;
+
+/// Device ID (virtio 1.2, 5.2.1).
+const TYPE: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
+/// Buffers a request may have besides header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// What is cheapest to deallocate: whole blocks of common file systems, in sectors.
+const DISCARD_ALIGNMENT: u32 = 8;
+
+// Feature bits (virtio 1.2, 5.2.3).
+pub(super) const F_SEG_MAX: u64 = 1 << 2;
+pub(super) const F_RO: u64 = 1 << 5;
+pub(super) const F_BLK_SIZE: u64 = 1 << 6;
+pub(super) const F_FLUSH: u64 = 1 << 9;
+pub(super) const F_DISCARD: u64 = 1 << 13;
+pub(super) const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// A virtio disk.
+#[derive(Debug)]
+pub struct Block {
+    id: String,
+    disk: Disk,
+    serial: [u8; ID_LEN],
+    metrics: Arc<Metrics>,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Inactive(Box<dyn Backend>),
+    Active(Running<Worker>),
+    /// The backend went with a reactor that ended before the disk was reset.
+    Lost,
+}
+
+impl Block {
+    /// Makes a disk. It works on the reactor it is activated with, where its I/O blocks: give each
+    /// disk a reactor of its own.
+    ///
+    /// # Errors
+    /// A serial number that is too long.
+    pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
+        let BlockConfig {
+            id,
+            backend,
+            read_only,
+            serial,
+        } = config;
+        let mut padded = [0; ID_LEN];
+        match padded.get_mut(..serial.len()) {
+            Some(place) if !serial.contains('\0') => place.copy_from_slice(serial.as_bytes()),
+            _ => return Err(BlockError::Serial { serial }),
+        }
+        let disk = Disk {
+            sectors: backend.size() / SECTOR,
+            read_only,
+        };
+        let (metrics, state) = (Arc::default(), State::Inactive(backend));
+        Ok(Self {
+            id,
+            disk,
+            serial: padded,
+            metrics,
+            state,
+        })
+    }
+
+    /// The disk's counters.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
+    /// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
+    fn config_space(&self) -> [u8; 60] {
+        let mut space = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.disk.sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // num_queues; of meaning only with VIRTIO_BLK_F_MQ.
+        put(34, &1_u16.to_le_bytes());
+        if !self.disk.read_only {
+            put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+            put(40, &MAX_RANGES.to_le_bytes());
+            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+            put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+            put(52, &MAX_RANGES.to_le_bytes());
+            // write_zeroes_may_unmap
+            put(56, &[1]);
+        }
+        space
+    }
+}
+
+impl VirtioDevice for Block {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn device_type(&self) -> u32 {
+        TYPE
+    }
+
+    fn queue_max_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        let always = F_SEG_MAX | F_BLK_SIZE | F_FLUSH;
+        let writing = if self.disk.read_only {
+            F_RO
+        } else {
+            F_DISCARD | F_WRITE_ZEROES
+        };
+        always | writing
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config_space(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        // The one writable field, `writeback`, goes with VIRTIO_BLK_F_CONFIG_WCE.
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let queue = activation.require_queue(0)?;
+        let backend = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Inactive(backend) => backend,
+            State::Active(_) | State::Lost => {
+                return Err(std::io::Error::other("The disk's backend is lost").into());
+            }
+        };
+        let worker = Worker {
+            queue,
+            backend,
+            disk: self.disk,
+            serial: self.serial,
+            // Without FLUSH the driver has no way to ask: be a write-through cache (5.2.6.2).
+            write_through: activation.features & F_FLUSH == 0,
+            metrics: Arc::clone(&self.metrics),
+            interrupt: activation.interrupt,
+            faults: activation.faults,
+        };
+        self.state = State::Active(activation.reactor.spawn(worker)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Active(running) => match running.stop() {
+                Ok(worker) => State::Inactive(worker.backend),
+                Err(error) => {
+                    tracing::error!(device = self.id, %error, "The disk's backend is lost");
+                    State::Lost
+                }
+            },
+            other => other,
+        };
+    }
+}
