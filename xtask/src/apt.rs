@@ -14,7 +14,11 @@ use crate::step::{output, quiet, step, text};
 
 /// Installs the packages that are missing on this machine.
 pub(crate) fn ensure(packages: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = packages.iter().copied().filter(|name| !installed(name)).collect();
+    let missing: Vec<&str> = packages
+        .iter()
+        .copied()
+        .filter(|name| !installed(name))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -57,12 +61,19 @@ impl Suite {
         for part in ["lists/partial", "cache/archives/partial", "debs"] {
             paths::make_dir(&dir.join(part))?;
         }
-        let suite = Self { name: name.to_owned(), dir };
+        let suite = Self {
+            name: name.to_owned(),
+            dir,
+        };
         let _lock = paths::lock(&suite.dir, "state")?;
         fs::write(suite.dir.join("sources.list"), suite.sources()?)
             .context("cannot write a private sources.list")?;
         step(&format!("package lists of {name}"), || {
-            quiet(Command::new("apt-get").args(suite.options()).args(["update", "-qq"]))
+            quiet(
+                Command::new("apt-get")
+                    .args(suite.options())
+                    .args(["update", "-qq"]),
+            )
         })?;
         Ok(suite)
     }
@@ -72,7 +83,9 @@ impl Suite {
         let mirror = mirror()?;
         let base = self.name.strip_suffix("-backports");
         let line = |suite: &str| {
-            format!("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} {suite} main\n")
+            format!(
+                "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} {suite} main\n"
+            )
         };
         Ok(base.map(&line).unwrap_or_default() + &line(&self.name))
     }
@@ -91,7 +104,11 @@ impl Suite {
         let list = packages.join(" ");
         root_needed(&format!("apt-get install -t {} {list}", self.name))?;
         step(&format!("install {list} of {}", self.name), || {
-            quiet(apt_install(&self.options()).args(["-t", &self.name]).args(packages))
+            quiet(
+                apt_install(&self.options())
+                    .args(["-t", &self.name])
+                    .args(packages),
+            )
         })
     }
 
@@ -119,7 +136,10 @@ pub(crate) fn download_here(name: &str, dir: &Path) -> Result<PathBuf> {
 /// `Depends:` of a package in this machine's own sources.
 pub(crate) fn depends(name: &str) -> Result<Vec<String>> {
     let said = text(Command::new("apt-cache").args(["show", "--no-all-versions", name]))?;
-    let field = said.lines().find_map(|line| line.strip_prefix("Depends:")).unwrap_or_default();
+    let field = said
+        .lines()
+        .find_map(|line| line.strip_prefix("Depends:"))
+        .unwrap_or_default();
     Ok(field
         .split(',')
         .filter_map(|item| item.split_whitespace().next())
@@ -138,17 +158,24 @@ pub(crate) fn offered(name: &str) -> Result<(String, String)> {
     let said = text(Command::new("apt-cache").args(["show", "--no-all-versions", name]))
         .with_context(|| format!("no package {name} in this machine's apt sources"))?;
     let field = |key: &str| {
-        said.lines().find_map(|line| line.strip_prefix(key)).map(|value| value.trim().to_owned())
+        said.lines()
+            .find_map(|line| line.strip_prefix(key))
+            .map(|value| value.trim().to_owned())
     };
-    let version = field("Version:").with_context(|| format!("apt-cache names no version of {name}"))?;
+    let version =
+        field("Version:").with_context(|| format!("apt-cache names no version of {name}"))?;
     let sum = field("SHA256:").with_context(|| format!("apt-cache names no SHA256 of {name}"))?;
     Ok((version, sum))
 }
 
 fn download(options: &[OsString], name: &str, dir: &Path) -> Result<PathBuf> {
     paths::make_dir(dir)?;
-    let uri = text(Command::new("apt-get").args(options).args(["download", "--print-uris", name]))
-        .with_context(|| format!("cannot find package {name}"))?;
+    let uri = text(
+        Command::new("apt-get")
+            .args(options)
+            .args(["download", "--print-uris", name]),
+    )
+    .with_context(|| format!("cannot find package {name}"))?;
     // 'address' file size hash
     let file = uri
         .split_whitespace()
@@ -159,7 +186,9 @@ fn download(options: &[OsString], name: &str, dir: &Path) -> Result<PathBuf> {
         // Downloaded beside and moved, so that an interrupted download is never taken for whole.
         let partial = tempfile::tempdir_in(dir).context("cannot make a download folder")?;
         let mut command = Command::new("apt-get");
-        command.args(options).args(["-oAPT::Sandbox::User=root", "download", "-qq", name]);
+        command
+            .args(options)
+            .args(["-oAPT::Sandbox::User=root", "download", "-qq", name]);
         output(command.current_dir(partial.path()))?;
         fs::rename(partial.path().join(file), &path)
             .with_context(|| format!("apt-get did not leave {file}"))?;
@@ -172,7 +201,13 @@ fn apt_install(options: &[OsString]) -> Command {
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
         .args(options)
-        .args(["install", "-y", "-qq", "--no-install-recommends", "-oDPkg::Lock::Timeout=300"]);
+        .args([
+            "install",
+            "-y",
+            "-qq",
+            "--no-install-recommends",
+            "-oDPkg::Lock::Timeout=300",
+        ]);
     command
 }
 
@@ -214,7 +249,9 @@ fn mirror_in(sources: &str, codename: &str) -> Option<String> {
             let field = |key: &str| stanza.lines().find_map(|line| line.strip_prefix(key));
             let mut suites = field("Suites:")?.split_whitespace();
             let uri = field("URIs:")?.split_whitespace().next()?;
-            suites.any(|suite| suite == codename).then(|| uri.to_owned())
+            suites
+                .any(|suite| suite == codename)
+                .then(|| uri.to_owned())
         })
     })
 }
@@ -227,9 +264,16 @@ mod tests {
     fn finds_the_mirror_in_both_formats() {
         let deb822 = "Types: deb\n# note\nURIs: http://one.example/debian\nSuites: bookworm bookworm-updates\n\n\
                       Types: deb\nURIs: http://two.example/security\nSuites: bookworm-security\n";
-        assert_eq!(mirror_in(deb822, "bookworm").as_deref(), Some("http://one.example/debian"));
-        let line = "deb [arch=amd64 signed-by=/k] http://one.example/debian bookworm main contrib\n";
-        assert_eq!(mirror_in(line, "bookworm").as_deref(), Some("http://one.example/debian"));
+        assert_eq!(
+            mirror_in(deb822, "bookworm").as_deref(),
+            Some("http://one.example/debian")
+        );
+        let line =
+            "deb [arch=amd64 signed-by=/k] http://one.example/debian bookworm main contrib\n";
+        assert_eq!(
+            mirror_in(line, "bookworm").as_deref(),
+            Some("http://one.example/debian")
+        );
         assert_eq!(mirror_in(line, "trixie"), None);
     }
 }

@@ -31,9 +31,17 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         let mut all = vec!["--images".to_owned(), "{images}".to_owned()];
         all.extend(icount.then(|| "--icount".to_owned()));
         all.extend(args.args.iter().cloned());
-        let name = if icount { "bench (instructions)" } else { "bench (wall time)" };
+        let name = if icount {
+            "bench (instructions)"
+        } else {
+            "bench (wall time)"
+        };
         // Instructions are counted by the lab only, whatever this host can do.
-        let place = if icount { &Place::Lab(String::new()) } else { &place };
+        let place = if icount {
+            &Place::Lab(String::new())
+        } else {
+            &place
+        };
         step(name, || {
             let launch = Launch {
                 program: "bench",

@@ -35,7 +35,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<PathBuf> {
-    let kernel = if args.stock { stock::ensure()? } else { best_kernel()? };
+    let kernel = if args.stock {
+        stock::ensure()?
+    } else {
+        best_kernel()?
+    };
     build(&kernel)?;
     let layout = layout()?;
     println!("{}", layout.display());
@@ -67,8 +71,11 @@ pub(crate) fn build(kernel: &Kernel) -> Result<()> {
         fs::write(share.join("initramfs.cpio"), initramfs(&agent, None)?)
             .context("cannot write the initramfs")?;
         if let Ok(stock) = stock::ensure() {
-            fs::write(share.join("initramfs-stock.cpio"), initramfs(&agent, Some(&stock))?)
-                .context("cannot write the initramfs")?;
+            fs::write(
+                share.join("initramfs-stock.cpio"),
+                initramfs(&agent, Some(&stock))?,
+            )
+            .context("cannot write the initramfs")?;
         }
         arrange(kernel, &share)
     })
@@ -81,7 +88,10 @@ pub(crate) fn cargo(subcommand: &str) -> Command {
     command
         .current_dir(paths::root())
         .args([subcommand, "--release", "--target", TARGET])
-        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-C target-feature=+crt-static",
+        )
         .env("LIBSECCOMP_LINK_TYPE", "static")
         .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu")
         // Set by `cargo run` for this program; they would confuse the inner cargo's caching.
@@ -99,7 +109,10 @@ fn binaries() -> Result<()> {
     let bin = paths::products().join("bin");
     paths::make_dir(&bin)?;
     for (_, binary) in BINARIES {
-        install_stripped(&paths::target().join(TARGET).join("release").join(binary), &bin)?;
+        install_stripped(
+            &paths::target().join(TARGET).join("release").join(binary),
+            &bin,
+        )?;
     }
     Ok(())
 }
@@ -108,7 +121,13 @@ fn binaries() -> Result<()> {
 pub(crate) fn install_stripped(from: &Path, to: &Path) -> Result<()> {
     let name = from.file_name().context("a binary without a name")?;
     let temporary = to.join(".new");
-    quiet(Command::new("strip").arg("-s").arg(from).arg("-o").arg(&temporary))?;
+    quiet(
+        Command::new("strip")
+            .arg("-s")
+            .arg(from)
+            .arg("-o")
+            .arg(&temporary),
+    )?;
     fs::rename(&temporary, to.join(name)).with_context(|| format!("cannot place {}", to.display()))
 }
 
@@ -159,12 +178,22 @@ fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
         }
         Ok(())
     };
-    for (_, binary) in BINARIES.iter().filter(|(_, binary)| *binary != "supermachine-agent") {
-        copy(&paths::products().join("bin").join(binary), &format!("{BIN}/{binary}"))?;
+    for (_, binary) in BINARIES
+        .iter()
+        .filter(|(_, binary)| *binary != "supermachine-agent")
+    {
+        copy(
+            &paths::products().join("bin").join(binary),
+            &format!("{BIN}/{binary}"),
+        )?;
     }
     let vmlinux = kernel.vmlinux();
     copy(&vmlinux, &format!("{SHARE}/vmlinux"))?;
-    let initramfs = if kernel.stock { "initramfs-stock.cpio" } else { "initramfs.cpio" };
+    let initramfs = if kernel.stock {
+        "initramfs-stock.cpio"
+    } else {
+        "initramfs.cpio"
+    };
     copy(&share.join(initramfs), &format!("{SHARE}/initramfs.cpio"))?;
 
     let config = configuration(Path::new("/"), &sha256_file(&vmlinux)?);

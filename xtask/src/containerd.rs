@@ -54,7 +54,12 @@ impl Drop for Containerd {
 impl Containerd {
     /// Starts one with its data in `root`, and state, socket and log in `state`. `path` goes before
     /// `PATH`: there it looks for shims.
-    pub(crate) fn start(root: &Path, state: &Path, path: &[&Path], env: &[(&str, &Path)]) -> Result<Self> {
+    pub(crate) fn start(
+        root: &Path,
+        state: &Path,
+        path: &[&Path],
+        env: &[(&str, &Path)],
+    ) -> Result<Self> {
         let bin = binaries()?;
         paths::make_dir(state)?;
         let (config, socket) = (state.join("config.toml"), state.join("containerd.sock"));
@@ -64,7 +69,12 @@ impl Containerd {
             .args(["--pdeathsig", "TERM"])
             .arg(bin.join("containerd"))
             .args([Path::new("--config"), &config, Path::new("--root"), root])
-            .args([Path::new("--state"), &state.join("state"), Path::new("--address"), &socket])
+            .args([
+                Path::new("--state"),
+                &state.join("state"),
+                Path::new("--address"),
+                &socket,
+            ])
             .env("PATH", search_path(&bin, path)?)
             .envs(env.iter().copied())
             .stdin(Stdio::null())
@@ -84,17 +94,17 @@ impl Containerd {
             if ended.is_some() || Instant::now() > deadline {
                 let log = fs::read_to_string(state.join("containerd.log")).unwrap_or_default();
                 let lines: Vec<&str> = log.lines().collect();
-                let tail = lines.get(lines.len().saturating_sub(10)..).unwrap_or_default();
-                bail!("containerd did not come up; its log ends with:\n{}", tail.join("\n"));
+                let tail = lines
+                    .get(lines.len().saturating_sub(10)..)
+                    .unwrap_or_default();
+                bail!(
+                    "containerd did not come up; its log ends with:\n{}",
+                    tail.join("\n")
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())
-    }
-
-    /// Its socket, for `CONTAINERD_ADDRESS`.
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// `ctr` for this containerd.
@@ -109,7 +119,11 @@ impl Containerd {
         let held = text(self.ctr().args(["images", "ls", "-q"]))?;
         for image in crate::images::IMAGES {
             if !held.lines().any(|name| name == image.reference) {
-                quiet(self.ctr().args(["images", "import"]).arg(images.join(image.file)))?;
+                quiet(
+                    self.ctr()
+                        .args(["images", "import"])
+                        .arg(images.join(image.file)),
+                )?;
             }
         }
         Ok(())

@@ -15,7 +15,6 @@ pub(crate) struct Archive {
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
-const SYMLINK: u32 = 0o120_000;
 const CHARACTER: u32 = 0o020_000;
 
 impl Archive {
@@ -31,10 +30,6 @@ impl Archive {
         let contents =
             std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         self.file(name, mode, &contents)
-    }
-
-    pub(crate) fn symlink(&mut self, name: &str, to: &str) -> Result<()> {
-        self.entry(name, SYMLINK | 0o777, to.as_bytes(), (0, 0))
     }
 
     pub(crate) fn character_device(&mut self, name: &str, major: u32, minor: u32) -> Result<()> {
@@ -53,9 +48,22 @@ impl Archive {
         let size = u32::try_from(data.len()).with_context(|| format!("{name} is too large"))?;
         let name_size = u32::try_from(name.len() + 1).context("a name is too long")?;
         let fields = [
-            self.inodes, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0,
+            self.inodes,
+            mode,
+            0,
+            0,
+            links,
+            0,
+            size,
+            0,
+            0,
+            device.0,
+            device.1,
+            name_size,
+            0,
         ];
-        self.append(name, &fields, data).with_context(|| format!("cannot add {name}"))
+        self.append(name, &fields, data)
+            .with_context(|| format!("cannot add {name}"))
     }
 
     fn append(&mut self, name: &str, fields: &[u32], data: &[u8]) -> io::Result<()> {

@@ -25,12 +25,20 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     // Compiling keeps the processors busy, packages the network and the disk: at the same time.
     std::thread::scope(|scope| -> Result<()> {
         let prepared = scope.spawn(|| prepare(&place));
-        let kernel =
-            if args.stock { crate::kernel::stock::ensure()? } else { build::best_kernel()? };
-        eprintln!("    guest kernel: {} (`make kernel` builds the lean one)", kernel.name());
+        let kernel = if args.stock {
+            crate::kernel::stock::ensure()?
+        } else {
+            build::best_kernel()?
+        };
+        eprintln!(
+            "    guest kernel: {} (`make kernel` builds the lean one)",
+            kernel.name()
+        );
         build::build(&kernel)?;
         programs::build_bin("demo")?;
-        prepared.join().unwrap_or_else(|_| anyhow::bail!("preparing panicked"))
+        prepared
+            .join()
+            .unwrap_or_else(|_| anyhow::bail!("preparing panicked"))
     })?;
     let launch = Launch {
         program: "demo",
@@ -39,7 +47,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         out: None,
         icount: false,
     };
-    step("containers in microVMs", || programs::launch(&place, launch, &mut io::stdout()))
+    step("containers in microVMs", || {
+        programs::launch(&place, launch, &mut io::stdout())
+    })
 }
 
 fn prepare(place: &Place) -> Result<()> {

@@ -18,7 +18,11 @@ pub(crate) fn place() -> Place {
         return Place::Lab("SUPERMACHINE_PLACE asks for it".to_owned());
     }
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    match obstacle(&cpuinfo, Path::new("/sys/module/kvm_pvm").exists(), kvm_error()) {
+    match obstacle(
+        &cpuinfo,
+        Path::new("/sys/module/kvm_pvm").exists(),
+        kvm_error(),
+    ) {
         None => Place::Native,
         Some(reason) => Place::Lab(reason),
     }
@@ -34,8 +38,13 @@ fn kvm_error() -> Option<String> {
 }
 
 fn obstacle(cpuinfo: &str, pvm: bool, kvm: Option<String>) -> Option<String> {
-    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let native = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    let flags = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    let native = flags
+        .split_whitespace()
+        .any(|flag| flag == "vmx" || flag == "svm");
     if let Some(error) = kvm {
         return Some(error);
     }
@@ -48,9 +57,13 @@ fn obstacle(cpuinfo: &str, pvm: bool, kvm: Option<String>) -> Option<String> {
 /// Says in one sentence where things will run, and why.
 pub(crate) fn announce(place: &Place) {
     match place {
-        Place::Native => eprintln!("    This host's KVM runs guests natively: running on the host."),
+        Place::Native => {
+            eprintln!("    This host's KVM runs guests natively: running on the host.")
+        }
         Place::Lab(reason) => {
-            eprintln!("    This host can't run guest kernels natively ({reason}): running in the lab, a machine emulated by QEMU.");
+            eprintln!(
+                "    This host can't run guest kernels natively ({reason}): running in the lab, a machine emulated by QEMU."
+            );
         }
     }
 }

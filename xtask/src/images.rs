@@ -47,7 +47,9 @@ pub(crate) struct Image {
 /// The folder with the archives, made now where they are missing.
 pub(crate) fn ensure() -> Result<PathBuf> {
     let home = paths::cache()?.join("images");
-    let dir = home.join(format!("{RECIPE}-{}", apt::codename()?)).join("images");
+    let dir = home
+        .join(format!("{RECIPE}-{}", apt::codename()?))
+        .join("images");
     let missing = |image: &&Image| !dir.join(image.file).exists();
     if IMAGES.iter().any(|image| missing(&image)) {
         let _lock = paths::lock(&home, "build")?;
@@ -71,7 +73,9 @@ fn build(image: &Image, dir: &Path) -> Result<()> {
 /// One static busybox with a link for each of its commands.
 fn busybox(root: &Path) -> Result<()> {
     apt::ensure(&["busybox-static"])?;
-    for dir in ["bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var"] {
+    for dir in [
+        "bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var",
+    ] {
         paths::make_dir(&root.join(dir))?;
     }
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))
@@ -84,7 +88,10 @@ fn busybox(root: &Path) -> Result<()> {
             .with_context(|| format!("cannot link {name}"))?;
     }
     let files = [
-        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n"),
+        (
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n",
+        ),
         ("etc/group", "root:x:0:\nuser:x:1000:\n"),
     ];
     for (name, contents) in files {
@@ -99,8 +106,16 @@ fn debian(root: &Path) -> Result<()> {
     let codename = apt::codename()?;
     let suite = apt::Suite::open(&codename)?;
     let mut child = Command::new("mmdebstrap")
-        .args(["--variant=minbase", "--mode=root", "--quiet", "--skip=output/mknod"])
-        .args(["--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"])
+        .args([
+            "--variant=minbase",
+            "--mode=root",
+            "--quiet",
+            "--skip=output/mknod",
+        ])
+        .args([
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+        ])
         .args(["--dpkgopt=path-exclude=/usr/share/locale/*", &codename])
         .arg(root)
         .arg("-")
@@ -108,7 +123,9 @@ fn debian(root: &Path) -> Result<()> {
         .spawn()
         .context("cannot start mmdebstrap")?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(suite.sources()?.as_bytes()).context("cannot tell mmdebstrap its source")?;
+        stdin
+            .write_all(suite.sources()?.as_bytes())
+            .context("cannot tell mmdebstrap its source")?;
     }
     let status = child.wait().context("cannot wait for mmdebstrap")?;
     if !status.success() {
@@ -132,7 +149,12 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
     // GNU tar knows owners, links and extended attributes; sorted and dateless, the bytes repeat.
     quiet(
         Command::new("tar")
-            .args(["--sort=name", "--mtime=@0", "--numeric-owner", "--format=pax"])
+            .args([
+                "--sort=name",
+                "--mtime=@0",
+                "--numeric-owner",
+                "--format=pax",
+            ])
             .args(["--pax-option=delete=atime,delete=ctime", "--xattrs", "-C"])
             .arg(root)
             .arg("-cf")
@@ -159,7 +181,11 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
         "config": config,
         "layers": [layer],
     });
-    let mut manifest = blob(&manifest, "application/vnd.oci.image.manifest.v1+json", &blobs)?;
+    let mut manifest = blob(
+        &manifest,
+        "application/vnd.oci.image.manifest.v1+json",
+        &blobs,
+    )?;
     let tag = image.reference.rsplit(':').next().unwrap_or("latest");
     manifest["annotations"] = json!({
         "io.containerd.image.name": image.reference,
@@ -168,7 +194,8 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
     manifest["platform"] = json!({ "architecture": "amd64", "os": "linux" });
     let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
     let write = |name: &str, value: &Value| {
-        fs::write(work.join(name), value.to_string()).with_context(|| format!("cannot write {name}"))
+        fs::write(work.join(name), value.to_string())
+            .with_context(|| format!("cannot write {name}"))
     };
     write("index.json", &index)?;
     write("oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }))?;
@@ -176,9 +203,13 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
     let file = File::create(to).with_context(|| format!("cannot create {}", to.display()))?;
     let mut archive = tar::Builder::new(file);
     for name in ["oci-layout", "index.json"] {
-        archive.append_path_with_name(work.join(name), name).context("cannot write an archive")?;
+        archive
+            .append_path_with_name(work.join(name), name)
+            .context("cannot write an archive")?;
     }
-    archive.append_dir_all("blobs", work.join("blobs")).context("cannot write an archive")?;
+    archive
+        .append_dir_all("blobs", work.join("blobs"))
+        .context("cannot write an archive")?;
     archive.finish().context("cannot end an archive")
 }
 
@@ -199,7 +230,11 @@ fn gzip(plain: &Path, blobs: &Path) -> Result<Value> {
     let digest = sha256_file(&packed)?;
     let size = fs::metadata(&packed).context("no layer")?.len();
     fs::rename(&packed, blobs.join(&digest)).context("cannot name a layer")?;
-    Ok(descriptor("application/vnd.oci.image.layer.v1.tar+gzip", &digest, size))
+    Ok(descriptor(
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+        &digest,
+        size,
+    ))
 }
 
 fn blob(value: &Value, kind: &str, blobs: &Path) -> Result<Value> {

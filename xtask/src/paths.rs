@@ -14,7 +14,9 @@ pub(crate) fn root() -> PathBuf {
     // Cargo sets it at run time under `cargo xtask`; the build-time value serves a bare binary.
     let manifest = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    manifest.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    manifest
+        .parent()
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// Cargo's target folder.
@@ -31,8 +33,10 @@ pub(crate) fn products() -> PathBuf {
 pub(crate) fn cache() -> Result<PathBuf> {
     let base = match env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()) {
         Some(dir) => PathBuf::from(dir),
-        None => PathBuf::from(env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
+        None => {
+            PathBuf::from(env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+                .join(".cache")
+        }
     };
     let cache = base.join("supermachine");
     make_dir(&cache)?;
@@ -71,7 +75,10 @@ pub(crate) fn lock(dir: &Path, name: &str) -> Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((file, nix::errno::Errno::EAGAIN)) => {
-            eprintln!("    waiting for another xtask that holds {}", path.display());
+            eprintln!(
+                "    waiting for another xtask that holds {}",
+                path.display()
+            );
             Flock::lock(file, FlockArg::LockExclusive)
                 .map_err(|(_, error)| error)
                 .with_context(|| format!("cannot lock {}", path.display()))

@@ -38,13 +38,18 @@ fn folder() -> PathBuf {
 
 /// Builds a binary of the tests package, such as `demo`.
 pub(crate) fn build_bin(name: &str) -> Result<()> {
-    step(&format!("build {name}"), || build_with(build::cargo("build").args(["--bin", name]), name))
+    step(&format!("build {name}"), || {
+        build_with(build::cargo("build").args(["--bin", name]), name)
+    })
 }
 
 /// Builds an integration test of the tests package, such as `e2e`, without running it.
 pub(crate) fn build_test(name: &str) -> Result<()> {
     step(&format!("build {name}"), || {
-        build_with(build::cargo("test").args(["--no-run", "--test", name]), name)
+        build_with(
+            build::cargo("test").args(["--no-run", "--test", name]),
+            name,
+        )
     })
 }
 
@@ -81,12 +86,22 @@ pub(crate) fn launch(place: &Place, launch: Launch<'_>, stdout: &mut dyn Write) 
 
 fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
     let mut command = vec![format!("/mnt/tests/{}", launch.program)];
-    command.extend(launch.args.iter().map(|arg| arg.replace("{images}", "/mnt/images")));
-    let env = [("SUPERMACHINE_IMAGES", "/mnt/images"), ("SUPERMACHINE_OUT", "/out")];
+    command.extend(
+        launch
+            .args
+            .iter()
+            .map(|arg| arg.replace("{images}", "/mnt/images")),
+    );
+    let env = [
+        ("SUPERMACHINE_IMAGES", "/mnt/images"),
+        ("SUPERMACHINE_OUT", "/out"),
+    ];
     lab::run_installed(
         Run {
             command,
-            env: env.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec(),
+            env: env
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .to_vec(),
             add: vec![folder(), images::ensure()?],
             out: launch.out,
             timeout: launch.timeout,
@@ -108,7 +123,10 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
     let config = data.path().join("config.toml");
     fs::write(&config, build::native_configuration(data.path())?)
         .context("cannot write the configuration")?;
-    let out = launch.out.clone().unwrap_or_else(|| data.path().join("out"));
+    let out = launch
+        .out
+        .clone()
+        .unwrap_or_else(|| data.path().join("out"));
     paths::make_dir(&out)?;
     let bin = containerd::binaries()?;
     let ours = paths::products().join("bin");
@@ -116,7 +134,12 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
     command
         .args(["--kill-after=60", &limit(launch.timeout)])
         .arg(folder().join(launch.program))
-        .args(launch.args.iter().map(|arg| arg.replace("{images}", &images.to_string_lossy())))
+        .args(
+            launch
+                .args
+                .iter()
+                .map(|arg| arg.replace("{images}", &images.to_string_lossy())),
+        )
         .env("PATH", containerd::search_path(&bin, &[&ours])?)
         .env("SUPERMACHINE_CONFIG", &config)
         .env("SUPERMACHINE_IMAGES", &images)
@@ -126,10 +149,15 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
     let mut pipe = child.stdout.take().context("a child without output")?;
     let mut chunk = [0; 8192];
     while let Ok(count @ 1..) = pipe.read(&mut chunk) {
-        stdout.write_all(chunk.get(..count).unwrap_or_default()).context("cannot write")?;
+        stdout
+            .write_all(chunk.get(..count).unwrap_or_default())
+            .context("cannot write")?;
     }
     let status = child.wait().context("cannot wait for the program")?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
 }
 
 /// As `timeout` takes it; 0 is no limit.
@@ -139,5 +167,8 @@ fn limit(timeout: Option<Duration>) -> String {
 
 /// Whether the tests package has this source file: parts of it may not be written yet.
 pub(crate) fn has(source: &str) -> bool {
-    Path::new(&paths::root()).join("tests").join(source).exists()
+    Path::new(&paths::root())
+        .join("tests")
+        .join(source)
+        .exists()
 }

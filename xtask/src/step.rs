@@ -35,12 +35,18 @@ pub(crate) fn quiet(command: &mut Command) -> Result<()> {
 
 /// Runs a command and returns its output; a failure carries the end of what it said.
 pub(crate) fn output(command: &mut Command) -> Result<Output> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| not_started(command))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| not_started(command))?;
     if !output.status.success() {
         let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
         said.push_str(&String::from_utf8_lossy(&output.stderr));
         let lines: Vec<&str> = said.lines().collect();
-        let tail = lines.get(lines.len().saturating_sub(30)..).unwrap_or_default().join("\n");
+        let tail = lines
+            .get(lines.len().saturating_sub(30)..)
+            .unwrap_or_default()
+            .join("\n");
         bail!("{}: {}\n{tail}", output.status, shown(command));
     }
     Ok(output)
@@ -48,7 +54,9 @@ pub(crate) fn output(command: &mut Command) -> Result<Output> {
 
 /// The standard output of a command, as text without the last newline.
 pub(crate) fn text(command: &mut Command) -> Result<String> {
-    Ok(String::from_utf8_lossy(&output(command)?.stdout).trim_end().to_owned())
+    Ok(String::from_utf8_lossy(&output(command)?.stdout)
+        .trim_end()
+        .to_owned())
 }
 
 /// Hexadecimal SHA-256 over several parts, each with its length, so that parts can't run together.
@@ -65,7 +73,10 @@ pub(crate) fn hash(parts: &[&[u8]]) -> String {
 /// without optimization.
 pub(crate) fn sha256_file(path: &std::path::Path) -> Result<String> {
     let line = text(Command::new("sha256sum").arg("-b").arg(path))?;
-    let digest = line.split_whitespace().next().context("sha256sum said nothing")?;
+    let digest = line
+        .split_whitespace()
+        .next()
+        .context("sha256sum said nothing")?;
     Ok(digest.to_owned())
 }
 

@@ -42,7 +42,11 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         good &= end_to_end(filter, &mut total)?;
     }
     io::stderr().flush().context("cannot flush")?;
-    let Total { passed, failed, skipped } = total;
+    let Total {
+        passed,
+        failed,
+        skipped,
+    } = total;
     println!("{passed} passed, {failed} failed, {skipped} skipped");
     Ok(u8::from(!good || failed > 0))
 }
@@ -51,13 +55,28 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
 fn check(total: &mut Total) -> Result<bool> {
     crate::apt::ensure(&["gcc", "libseccomp-dev"])?;
     let mut good = passes("format", cargo().args(["fmt", "--all", "--check"]));
-    let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    let lints = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
     good &= passes("lints", cargo().args(lints));
-    let unit = ["test", "--workspace", "--exclude", PACKAGE, "--no-fail-fast"];
+    let unit = [
+        "test",
+        "--workspace",
+        "--exclude",
+        PACKAGE,
+        "--no-fail-fast",
+    ];
     good &= step("unit tests", || counted(cargo().args(unit), total))?;
     if programs::has("src/lib.rs") {
         let own = ["test", "-p", PACKAGE, "--lib", "--no-fail-fast"];
-        good &= step("unit tests of the end-to-end tests", || counted(cargo().args(own), total))?;
+        good &= step("unit tests of the end-to-end tests", || {
+            counted(cargo().args(own), total)
+        })?;
     }
     Ok(good)
 }
@@ -81,7 +100,9 @@ fn end_to_end(filter: Option<&str>, total: &mut Total) -> Result<bool> {
         icount: false,
     };
     let mut tee = Tee::default();
-    let status = step("end-to-end tests", || programs::launch(&place, launch, &mut tee))?;
+    let status = step("end-to-end tests", || {
+        programs::launch(&place, launch, &mut tee)
+    })?;
     let counted = tee.total();
     total.add(counted);
     if status != 0 && counted.failed == 0 {
@@ -98,12 +119,17 @@ fn cargo() -> Command {
 }
 
 fn passes(name: &str, command: &mut Command) -> bool {
-    step(name, || call(command)).map_err(|error| eprintln!("xtask: {error:#}")).is_ok()
+    step(name, || call(command))
+        .map_err(|error| eprintln!("xtask: {error:#}"))
+        .is_ok()
 }
 
 /// Runs tests, showing their output and adding up what they report.
 fn counted(command: &mut Command, total: &mut Total) -> Result<bool> {
-    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
     let mut tee = Tee::default();
     if let Some(mut pipe) = child.stdout.take() {
         io::copy(&mut pipe, &mut tee).context("cannot read cargo's output")?;
@@ -155,7 +181,11 @@ impl Total {
 
     /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
     fn of_line(line: &str) -> Option<Self> {
-        let counts = line.trim().strip_prefix("test result: ")?.split_once(". ")?.1;
+        let counts = line
+            .trim()
+            .strip_prefix("test result: ")?
+            .split_once(". ")?
+            .1;
         let count = |word: &str| {
             counts
                 .split("; ")
@@ -176,7 +206,14 @@ mod tests {
     #[test]
     fn reads_the_counts_of_libtest() {
         let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s";
-        assert_eq!(Total::of_line(line), Some(Total { passed: 3, failed: 2, skipped: 1 }));
+        assert_eq!(
+            Total::of_line(line),
+            Some(Total {
+                passed: 3,
+                failed: 2,
+                skipped: 1
+            })
+        );
         assert_eq!(Total::of_line("running 3 tests"), None);
     }
 }

@@ -36,7 +36,9 @@ pub(crate) fn extract(from: &Path, to: &Path) -> Result<()> {
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(payload);
     }
-    child.wait().with_context(|| format!("cannot wait for {program}"))?;
+    child
+        .wait()
+        .with_context(|| format!("cannot wait for {program}"))?;
     let mut head = [0; 4];
     File::open(to)
         .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head))

@@ -22,7 +22,16 @@ const RECIPE: &str = "1";
 
 /// What building a kernel needs.
 const TOOLS: &[&str] = &[
-    "bc", "binutils", "bison", "flex", "gcc", "kmod", "libelf-dev", "lz4", "make", "xz-utils",
+    "bc",
+    "binutils",
+    "bison",
+    "flex",
+    "gcc",
+    "kmod",
+    "libelf-dev",
+    "lz4",
+    "make",
+    "xz-utils",
 ];
 
 #[derive(Debug, clap::Args)]
@@ -48,12 +57,20 @@ impl Kernel {
 
     /// For people: which kernel this is.
     pub(crate) fn name(&self) -> &'static str {
-        if self.stock { "stock Debian cloud kernel" } else { "lean kernel" }
+        if self.stock {
+            "stock Debian cloud kernel"
+        } else {
+            "lean kernel"
+        }
     }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let kernel = if args.stock { stock::ensure()? } else { ensure()? };
+    let kernel = if args.stock {
+        stock::ensure()?
+    } else {
+        ensure()?
+    };
     println!("{}", kernel.vmlinux().display());
     Ok(())
 }
@@ -63,7 +80,10 @@ pub(crate) fn cached() -> Result<Option<Kernel>> {
     let config = fragment()?;
     let pinned = home()?.join(key(SOURCE_SHA256, &config));
     if pinned.join("vmlinux").exists() {
-        return Ok(Some(Kernel { dir: pinned, stock: false }));
+        return Ok(Some(Kernel {
+            dir: pinned,
+            stock: false,
+        }));
     }
     // Built from the version the archive offered when the pinned one was gone.
     let note = home()?.join("fallback");
@@ -81,9 +101,14 @@ pub(crate) fn ensure() -> Result<Kernel> {
     let _lock = paths::lock(&home, "build")?;
     let kernel = match cached()? {
         Some(kernel) => kernel,
-        None => step("guest kernel (about 25 minutes of CPU time)", || build(&home))?,
+        None => step("guest kernel (about 25 minutes of CPU time)", || {
+            build(&home)
+        })?,
     };
-    let name = kernel.dir.file_name().context("a kernel folder without a name")?;
+    let name = kernel
+        .dir
+        .file_name()
+        .context("a kernel folder without a name")?;
     paths::point(&home.join("current"), &name.to_string_lossy())?;
     Ok(kernel)
 }
@@ -98,12 +123,20 @@ fn build(home: &Path) -> Result<Kernel> {
     let config = fragment()?;
     let work = home.join("build").join(short);
     step("configure kernel", || configure(&source, &work, &config))?;
-    step("compile kernel", || make(&source, &work, &["bzImage", "vmlinux"]))?;
+    step("compile kernel", || {
+        make(&source, &work, &["bzImage", "vmlinux"])
+    })?;
 
     let dir = home.join(key(&sum, &config));
     let fresh = tempfile::tempdir_in(home).context("cannot make a folder in the kernel cache")?;
     let to = |name: &str| fresh.path().join(name);
-    quiet(Command::new("strip").arg("-s").arg(work.join("vmlinux")).arg("-o").arg(to("vmlinux")))?;
+    quiet(
+        Command::new("strip")
+            .arg("-s")
+            .arg(work.join("vmlinux"))
+            .arg("-o")
+            .arg(to("vmlinux")),
+    )?;
     for (from, name) in [("arch/x86/boot/bzImage", "bzImage"), (".config", "config")] {
         fs::copy(work.join(from), to(name)).with_context(|| format!("cannot copy {from}"))?;
     }
@@ -157,7 +190,12 @@ fn unpack(deb: &Path, source: &Path) -> Result<()> {
     let script = format!(
         "set -o pipefail; dpkg-deb --fsys-tarfile \"$0\" | tar -xO ./usr/src/{SOURCE}.tar.xz | tar -xJ -C \"$1\" --strip-components=1"
     );
-    quiet(Command::new("bash").args(["-c", &script]).arg(deb).arg(source))?;
+    quiet(
+        Command::new("bash")
+            .args(["-c", &script])
+            .arg(deb)
+            .arg(source),
+    )?;
     fs::write(source.join(".complete"), "").context("cannot mark the kernel source")
 }
 
@@ -189,11 +227,13 @@ fn configure(source: &Path, work: &Path, config: &str) -> Result<()> {
 fn unmet(fragment: &str, config: &str) -> Vec<String> {
     let lines: std::collections::HashSet<&str> = config.lines().collect();
     let wish = |line: &&str| -> bool {
-        if let Some(symbol) =
-            line.strip_prefix("# ").and_then(|rest| rest.strip_suffix(" is not set"))
+        if let Some(symbol) = line
+            .strip_prefix("# ")
+            .and_then(|rest| rest.strip_suffix(" is not set"))
         {
             return lines.iter().any(|have| {
-                have.strip_prefix(symbol).is_some_and(|rest| rest.starts_with('='))
+                have.strip_prefix(symbol)
+                    .is_some_and(|rest| rest.starts_with('='))
             });
         }
         line.starts_with("CONFIG_") && !lines.contains(line)
@@ -223,7 +263,10 @@ fn fragment() -> Result<String> {
 }
 
 fn key(source: &str, config: &str) -> String {
-    hash(&[source.as_bytes(), config.as_bytes(), RECIPE.as_bytes()]).chars().take(16).collect()
+    hash(&[source.as_bytes(), config.as_bytes(), RECIPE.as_bytes()])
+        .chars()
+        .take(16)
+        .collect()
 }
 
 fn home() -> Result<PathBuf> {

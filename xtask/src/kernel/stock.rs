@@ -50,7 +50,9 @@ pub(crate) fn ensure() -> Result<Kernel> {
 /// The folder itself, so that a later fetch can't change it under whoever uses it.
 fn cached(link: &Path) -> Option<Kernel> {
     let dir = fs::canonicalize(link).ok()?;
-    dir.join("vmlinux").exists().then_some(Kernel { dir, stock: true })
+    dir.join("vmlinux")
+        .exists()
+        .then_some(Kernel { dir, stock: true })
 }
 
 fn fetch(home: &Path, link: &Path) -> Result<()> {
@@ -98,7 +100,10 @@ pub(crate) fn collect(tree: &Path, names: &[&str], to: &Path) -> Result<()> {
     paths::make_dir(to)?;
     let mut list = String::new();
     for file in load_order(tree, names)? {
-        let name = file.file_name().context("a module without a name")?.to_string_lossy();
+        let name = file
+            .file_name()
+            .context("a module without a name")?
+            .to_string_lossy();
         let plain = name.trim_end_matches(".xz");
         let target = to.join(plain);
         if plain == name {
@@ -123,7 +128,10 @@ fn load_order(tree: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let (dep, builtin) = (read("modules.dep")?, read("modules.builtin")?);
     let mut depends: HashMap<String, (&str, Vec<&str>)> = HashMap::new();
     for (path, needs) in dep.lines().filter_map(|line| line.split_once(':')) {
-        depends.insert(module_name(path), (path, needs.split_whitespace().collect()));
+        depends.insert(
+            module_name(path),
+            (path, needs.split_whitespace().collect()),
+        );
     }
     let built_in: Vec<String> = builtin.lines().map(module_name).collect();
 
@@ -157,6 +165,9 @@ mod tests {
 
     #[test]
     fn module_names_have_neither_folder_nor_suffix_nor_dash() {
-        assert_eq!(module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz"), "virtio_rng");
+        assert_eq!(
+            module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz"),
+            "virtio_rng"
+        );
     }
 }

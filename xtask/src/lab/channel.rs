@@ -47,9 +47,11 @@ pub(crate) enum Kind {
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
         use Kind::{Exit, Hello, Idle, Kill, Out, Ready, Run, Started, Stderr, Stdin, Stdout};
-        [Hello, Ready, Run, Stdin, Kill, Stdout, Stderr, Out, Exit, Idle, Started]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
+        [
+            Hello, Ready, Run, Stdin, Kill, Stdout, Stderr, Out, Exit, Idle, Started,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == byte)
     }
 }
 
@@ -102,7 +104,9 @@ impl Frames {
                     self.held.clear();
                     return Ok(None);
                 }
-                Ok(count) => self.held.extend_from_slice(chunk.get(..count).unwrap_or_default()),
+                Ok(count) => self
+                    .held
+                    .extend_from_slice(chunk.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -126,10 +130,15 @@ impl Frames {
     }
 
     fn skip_to_mark(&mut self) {
-        let mark = self.held.windows(MARK.len()).position(|window| window == MARK);
+        let mark = self
+            .held
+            .windows(MARK.len())
+            .position(|window| window == MARK);
         let keep = mark.unwrap_or_else(|| {
             // A mark may be cut by the end of what has been read.
-            let cut = (1..MARK.len()).rev().find(|n| self.held.ends_with(&MARK[..*n]));
+            let cut = (1..MARK.len())
+                .rev()
+                .find(|n| self.held.ends_with(&MARK[..*n]));
             self.held.len() - cut.unwrap_or(0)
         });
         self.held.drain(..keep);
@@ -153,7 +162,10 @@ mod tests {
         let mut bytes = Vec::new();
         send(&mut bytes, Kind::Stdout, b"abc").unwrap();
         send(&mut bytes, Kind::Exit, &0_i32.to_le_bytes()).unwrap();
-        assert_eq!(all(&bytes), [(Kind::Stdout, b"abc".to_vec()), (Kind::Exit, vec![0; 4])]);
+        assert_eq!(
+            all(&bytes),
+            [(Kind::Stdout, b"abc".to_vec()), (Kind::Exit, vec![0; 4])]
+        );
     }
 
     #[test]

@@ -56,7 +56,9 @@ impl Port {
 /// Serves sessions until the lab ends.
 pub(crate) fn run() -> Result<()> {
     let file = open_port()?;
-    let port = Port(Arc::new(Mutex::new(file.try_clone().context("cannot clone the port")?)));
+    let port = Port(Arc::new(Mutex::new(
+        file.try_clone().context("cannot clone the port")?,
+    )));
     let (events, incoming) = mpsc::channel();
     let (resume, resumed) = mpsc::channel();
     thread::spawn(move || read_port(file, &events, &resumed));
@@ -79,7 +81,11 @@ pub(crate) fn run() -> Result<()> {
                 let (port, cancelled) = (port.clone(), Arc::new(AtomicBool::new(false)));
                 let flag = Arc::clone(&cancelled);
                 let thread = thread::spawn(move || serve(&request, &port, input, &flag));
-                active = Some(Active { stdin, cancelled, thread });
+                active = Some(Active {
+                    stdin,
+                    cancelled,
+                    thread,
+                });
             }
             Event::Frame(Kind::Stdin, bytes) => {
                 if let Some(active) = &active {
@@ -174,7 +180,9 @@ fn run_request(
     if request.out {
         send_out(port)?;
     }
-    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+    Ok(status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 
 /// Mounts the exchange disk, shows its folders under /mnt and installs this build.
@@ -206,7 +214,10 @@ fn prepare(request: &Request) -> Result<()> {
 fn release_exchange() -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("cannot read the mounts")?;
     let ours = |path: &&str| *path == EXCHANGE_DIR || path.starts_with("/mnt/");
-    let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(ours);
+    let targets = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .filter(ours);
     for target in targets.collect::<Vec<_>>().into_iter().rev() {
         quiet(Command::new("umount").arg(target)).context(
             "something left by an earlier run still uses its folders: `cargo xtask lab down` and up",
@@ -240,11 +251,20 @@ fn wait_for_services(cancelled: &AtomicBool) -> Result<()> {
 fn command(request: &Request, wrapper: &[&str]) -> Command {
     let mut command = Command::new("/bin/sh");
     let enter = format!("echo $$ > {CGROUP}/cgroup.procs && exec \"$@\"");
-    command.args(["-c", &enter, "lab"]).args(wrapper).args(&request.argv);
-    command.env_clear().env("HOME", "/root").env("LANG", "C.UTF-8").env("PATH", super::PATH);
+    command
+        .args(["-c", &enter, "lab"])
+        .args(wrapper)
+        .args(&request.argv);
+    command
+        .env_clear()
+        .env("HOME", "/root")
+        .env("LANG", "C.UTF-8")
+        .env("PATH", super::PATH);
     // On the disk: /tmp is memory, which a guest's disk image would eat.
     command.env("TMPDIR", "/var/tmp");
-    command.envs(request.env.iter().map(|(key, value)| (key, value))).current_dir("/root");
+    command
+        .envs(request.env.iter().map(|(key, value)| (key, value)))
+        .current_dir("/root");
     command
 }
 
@@ -274,12 +294,20 @@ fn with_terminal(
     port: &Port,
     stdin: Receiver<Vec<u8>>,
 ) -> Result<ExitStatus> {
-    let size = nix::pty::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = nix::pty::Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     let pty = nix::pty::openpty(&size, None).context("cannot open a terminal")?;
     let slave = File::from(pty.slave);
     let clone = |file: &File| file.try_clone().context("cannot clone a terminal");
     let mut command = command(request, &["setsid", "--ctty", "--wait"]);
-    command.stdin(clone(&slave)?).stdout(clone(&slave)?).stderr(slave);
+    command
+        .stdin(clone(&slave)?)
+        .stdout(clone(&slave)?)
+        .stderr(slave);
     let child = command.spawn().context("cannot start /bin/sh")?;
     // The command holds the terminal's other side: with ours gone too, its end is our EOF.
     drop(command);
@@ -312,7 +340,13 @@ struct Output {
 impl Output {
     fn new() -> (Self, Receiver<()>) {
         let (alive, ended) = mpsc::channel();
-        (Self { moves: Arc::default(), _alive: alive }, ended)
+        (
+            Self {
+                moves: Arc::default(),
+                _alive: alive,
+            },
+            ended,
+        )
     }
 }
 

@@ -8,20 +8,50 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::containerd::{self, Containerd};
 use crate::cpio::Archive;
 use crate::kernel::{Kernel, stock};
 use crate::step::{hash, quiet, step};
-use crate::containerd::{self, Containerd};
 use crate::{apt, images, paths};
 
 /// The suite of the root disk: its erofs-utils makes images from folders and tar streams well.
 const SUITE: &str = "trixie";
 /// What the lab holds beside containerd.
 const PACKAGES: &[&str] = &[
-    "base-files", "bash", "bsdutils", "busybox-static", "coreutils", "dash", "diffutils",
-    "e2fsprogs", "erofs-utils", "findutils", "grep", "gzip", "hostname", "iproute2", "iptables", "kmod", "libc-bin",
-    "login", "lsof", "mount", "nftables", "procps", "psmisc", "qemu-system-x86", "runc", "sed",
-    "strace", "tar", "util-linux", "gawk", "socat", "xz-utils", "zstd", "seabios",
+    "base-files",
+    "bash",
+    "bsdutils",
+    "busybox-static",
+    "coreutils",
+    "dash",
+    "diffutils",
+    "e2fsprogs",
+    "erofs-utils",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "iproute2",
+    "iptables",
+    "kmod",
+    "libc-bin",
+    "login",
+    "lsof",
+    "mount",
+    "nftables",
+    "procps",
+    "psmisc",
+    "qemu-system-x86",
+    "runc",
+    "sed",
+    "strace",
+    "tar",
+    "util-linux",
+    "gawk",
+    "socat",
+    "xz-utils",
+    "zstd",
+    "seabios",
 ];
 
 const BOOT: &str = include_str!("boot.sh");
@@ -38,9 +68,21 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/containerd/config.toml", 0o644, containerd::CONFIG),
     ("etc/hostname", 0o644, "lab\n"),
     ("etc/hosts", 0o644, "127.0.0.1 localhost lab\n"),
-    ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/:/usr/sbin/nologin\n"),
-    ("etc/group", 0o644, "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
-    ("etc/nsswitch.conf", 0o644, "passwd: files\ngroup: files\nhosts: files dns\n"),
+    (
+        "etc/passwd",
+        0o644,
+        "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
+    ),
+    (
+        "etc/group",
+        0o644,
+        "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+    ),
+    (
+        "etc/nsswitch.conf",
+        0o644,
+        "passwd: files\ngroup: files\nhosts: files dns\n",
+    ),
     ("etc/fstab", 0o644, ""),
 ];
 
@@ -100,7 +142,12 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     step("lab packages", || packages(&root))?;
     // Through the same merged /usr as the rest.
     let containerd = containerd::binaries()?.join("../.");
-    quiet(Command::new("cp").arg("-a").arg(containerd).arg(root.join("usr")))?;
+    quiet(
+        Command::new("cp")
+            .arg("-a")
+            .arg(containerd)
+            .arg(root.join("usr")),
+    )?;
     furnish(&root, kernel)?;
     if let Err(error) = step("lab images", || preload(&root, work.path())) {
         eprintln!("    runs import the images themselves ({error:#})");
@@ -119,7 +166,10 @@ fn packages(root: &Path) -> Result<()> {
     let mut child = Command::new("mmdebstrap")
         .args(["--variant=extract", "--mode=root", "--quiet"])
         .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
-        .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"])
+        .args([
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/locale/*",
+        ])
         .arg(format!("--include={}", PACKAGES.join(",")))
         .args([SUITE])
         .arg(root)
@@ -128,7 +178,9 @@ fn packages(root: &Path) -> Result<()> {
         .spawn()
         .context("cannot start mmdebstrap")?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(suite.sources()?.as_bytes()).context("cannot tell mmdebstrap its source")?;
+        stdin
+            .write_all(suite.sources()?.as_bytes())
+            .context("cannot tell mmdebstrap its source")?;
     }
     let status = child.wait().context("cannot wait for mmdebstrap")?;
     if !status.success() {
@@ -140,8 +192,12 @@ fn packages(root: &Path) -> Result<()> {
 /// Imports the images by a containerd on this host: in the lab it takes a minute.
 fn preload(root: &Path, work: &Path) -> Result<()> {
     let archives = images::ensure()?;
-    let containerd =
-        Containerd::start(&root.join("var/lib/containerd"), &work.join("state"), &[], &[])?;
+    let containerd = Containerd::start(
+        &root.join("var/lib/containerd"),
+        &work.join("state"),
+        &[],
+        &[],
+    )?;
     containerd.import(&archives)
 }
 
@@ -154,7 +210,9 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
             .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(*mode)))
             .with_context(|| format!("cannot write {name} of the lab"))?;
     }
-    for dir in ["out", "mnt", "root", "proc", "sys", "dev", "run", "tmp", "var/log", "var/tmp"] {
+    for dir in [
+        "out", "mnt", "root", "proc", "sys", "dev", "run", "tmp", "var/log", "var/tmp",
+    ] {
         paths::make_dir(&root.join(dir))?;
     }
     for (link, to) in [("usr/bin/awk", "gawk"), ("etc/mtab", "/proc/self/mounts")] {
@@ -171,7 +229,13 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
             symlink("xtables-nft-multi", &link).with_context(|| format!("cannot link {name}"))?;
         }
     }
-    for dir in ["usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt"] {
+    for dir in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "var/cache/apt",
+        "var/lib/apt",
+    ] {
         paths::remove_dir(&root.join(dir))?;
     }
     let modules = root.join("usr/lib/modules");
@@ -184,10 +248,23 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
 /// The root folder as a sparse ext4 image. No journal: a lab's disk never outlives its run.
 fn disk(root: &Path, image: &Path) -> Result<()> {
     let file = File::create(image).context("cannot create the lab's disk")?;
-    file.set_len(DISK_SIZE).context("cannot size the lab's disk")?;
+    file.set_len(DISK_SIZE)
+        .context("cannot size the lab's disk")?;
     quiet(
         Command::new("mke2fs")
-            .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-L", "lab", "-d"])
+            .args([
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal,^metadata_csum",
+                "-m",
+                "0",
+                "-L",
+                "lab",
+                "-d",
+            ])
             .arg(root)
             .arg(image),
     )

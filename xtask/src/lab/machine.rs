@@ -67,7 +67,10 @@ impl Lab {
         let text = fs::read(self.dir.join("console.log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
-        lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+        lines
+            .get(lines.len().saturating_sub(20)..)
+            .unwrap_or_default()
+            .join("\n")
     }
 
     /// Whether its QEMU still runs (and the pid is not another's by now).
@@ -107,7 +110,11 @@ pub(super) fn start_own(shape: &Shape) -> Result<OwnLab> {
     command.args(["--pdeathsig", "KILL", QEMU]);
     let child = spawn(command, dir.path(), shape)?;
     let lab = describe(dir.path(), &child)?;
-    Ok(OwnLab { lab, child, _dir: dir })
+    Ok(OwnLab {
+        lab,
+        child,
+        _dir: dir,
+    })
 }
 
 /// Starts a lab that stays until [`Lab::end`].
@@ -126,7 +133,11 @@ pub(super) fn start_detached(shape: &Shape) -> Result<Lab> {
 
 fn describe(dir: &Path, child: &Child) -> Result<Lab> {
     let pid = i32::try_from(child.id()).context("a pid out of range")?;
-    Ok(Lab { dir: dir.to_path_buf(), pid, helper: helper()? })
+    Ok(Lab {
+        dir: dir.to_path_buf(),
+        pid,
+        helper: helper()?,
+    })
 }
 
 /// Starts QEMU by `launcher`, which replaces itself by it.
@@ -163,21 +174,48 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
     } else {
         add(&["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]);
     }
-    add(&["-machine", "q35,hpet=off", "-cpu", "EPYC-Rome", "-m", &shape.memory]);
-    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&[
+        "-machine",
+        "q35,hpet=off",
+        "-cpu",
+        "EPYC-Rome",
+        "-m",
+        &shape.memory,
+    ]);
+    add(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
     add(&["-serial", &format!("file:{}", path("console.log"))]);
-    add(&["-kernel", &image.kernel.display().to_string(), "-append", COMMAND_LINE]);
+    add(&[
+        "-kernel",
+        &image.kernel.display().to_string(),
+        "-append",
+        COMMAND_LINE,
+    ]);
     let root = format!(
         "file={},format=raw,if=none,id=root,snapshot=on,cache=unsafe",
         image.disk.display()
     );
     add(&["-drive", &root, "-device", "virtio-blk-pci,drive=root"]);
-    let exchange = format!("file={},format=raw,if=none,id=ex,cache=unsafe", path("exchange.img"));
+    let exchange = format!(
+        "file={},format=raw,if=none,id=ex,cache=unsafe",
+        path("exchange.img")
+    );
     add(&["-drive", &exchange, "-device", "virtio-blk-pci,drive=ex"]);
     add(&["-device", "virtio-serial-pci,max_ports=2"]);
-    let channel = format!("socket,id=ch,path={},server=on,wait=off", path("channel.sock"));
+    let channel = format!(
+        "socket,id=ch,path={},server=on,wait=off",
+        path("channel.sock")
+    );
     add(&["-chardev", &channel]);
-    add(&["-device", &format!("virtserialport,chardev=ch,name={}", super::channel::PORT)]);
+    add(&[
+        "-device",
+        &format!("virtserialport,chardev=ch,name={}", super::channel::PORT),
+    ]);
     args
 }
 
@@ -186,7 +224,13 @@ fn write_initramfs(image: &Image, dir: &Path, to: &Path) -> Result<()> {
     let exe = std::env::current_exe().context("cannot find this program")?;
     let stripped = dir.join("xtask");
     apt::ensure(&["binutils"])?;
-    quiet(Command::new("strip").arg("-s").arg(&exe).arg("-o").arg(&stripped))?;
+    quiet(
+        Command::new("strip")
+            .arg("-s")
+            .arg(&exe)
+            .arg("-o")
+            .arg(&stripped),
+    )?;
     let mut archive = Archive::default();
     archive.copy("xtask", 0o755, &stripped)?;
     let mut bytes = fs::read(&image.initramfs).context("cannot read the lab's initramfs")?;
@@ -196,7 +240,12 @@ fn write_initramfs(image: &Image, dir: &Path, to: &Path) -> Result<()> {
 
 /// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
 pub(super) fn ensure_qemu() -> Result<()> {
-    if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok() {
+    if Command::new(QEMU)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .is_ok()
+    {
         return Ok(());
     }
     let codename = apt::codename()?;
@@ -206,7 +255,12 @@ pub(super) fn ensure_qemu() -> Result<()> {
         eprintln!("    no QEMU from backports ({error:#}); taking the release's own");
         apt::ensure(&["qemu-system-x86"])?;
     }
-    if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_err() {
+    if Command::new(QEMU)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .is_err()
+    {
         bail!("{QEMU} is still not there after installing qemu-system-x86");
     }
     Ok(())

@@ -147,7 +147,12 @@ fn execute(
     tty: Option<(u16, u16)>,
     stdout: &mut dyn Write,
 ) -> Result<u8> {
-    let request = Request { argv: run.command, env: run.env, tty, ..Request::default() };
+    let request = Request {
+        argv: run.command,
+        env: run.env,
+        tty,
+        ..Request::default()
+    };
     let load = Load {
         add: run.add,
         install: install.map(Path::to_path_buf),
@@ -196,7 +201,12 @@ fn shell(args: &InstallArgs) -> Result<u8> {
         ..Run::default()
     };
     stty(&["raw", "-echo"])?;
-    let status = execute(run, install.as_deref(), Some((rows, columns)), &mut std::io::stdout());
+    let status = execute(
+        run,
+        install.as_deref(),
+        Some((rows, columns)),
+        &mut std::io::stdout(),
+    );
     stty(&[&saved])?;
     status
 }
@@ -208,13 +218,19 @@ fn note() -> PathBuf {
 
 /// The lab that stays, if it runs and speaks this program's language.
 fn running() -> Result<Option<Lab>> {
-    let Ok(text) = fs::read(note()) else { return Ok(None) };
-    let Ok(lab) = serde_json::from_slice::<Lab>(&text) else { return Ok(None) };
+    let Ok(text) = fs::read(note()) else {
+        return Ok(None);
+    };
+    let Ok(lab) = serde_json::from_slice::<Lab>(&text) else {
+        return Ok(None);
+    };
     if !lab.alive() {
         return Ok(None);
     }
     if lab.helper != machine::helper()? {
-        eprintln!("    the running lab is of another build of xtask (`cargo xtask lab down`); starting one for this run");
+        eprintln!(
+            "    the running lab is of another build of xtask (`cargo xtask lab down`); starting one for this run"
+        );
         return Ok(None);
     }
     Ok(Some(lab))
@@ -227,7 +243,10 @@ fn up(memory: &str) -> Result<()> {
     }
     down()?;
     step("lab", || {
-        let shape = Shape { memory: memory.to_owned(), icount: false };
+        let shape = Shape {
+            memory: memory.to_owned(),
+            icount: false,
+        };
         let lab = machine::start_detached(&shape)?;
         let json = serde_json::to_vec(&lab).context("cannot describe the lab")?;
         paths::make_dir(&paths::target())?;
@@ -237,7 +256,9 @@ fn up(memory: &str) -> Result<()> {
 }
 
 fn down() -> Result<()> {
-    let Ok(text) = fs::read(note()) else { return Ok(()) };
+    let Ok(text) = fs::read(note()) else {
+        return Ok(());
+    };
     if let Ok(lab) = serde_json::from_slice::<Lab>(&text) {
         lab.end()?;
     }

@@ -61,7 +61,11 @@ impl<'lab> Session<'lab> {
                 }
             }
         });
-        let mut session = Self { lab, stream, frames };
+        let mut session = Self {
+            lab,
+            stream,
+            frames,
+        };
         session.greet(deadline)?;
         Ok(session)
     }
@@ -72,7 +76,10 @@ impl<'lab> Session<'lab> {
             self.send(Kind::Hello, number.as_bytes())?;
             let again = Instant::now() + HELLO_AGAIN;
             loop {
-                match self.frames.recv_timeout(again.saturating_duration_since(Instant::now())) {
+                match self
+                    .frames
+                    .recv_timeout(again.saturating_duration_since(Instant::now()))
+                {
                     Ok((Kind::Ready, payload)) if payload == number.as_bytes() => return Ok(()),
                     Ok((Kind::Stderr, text)) => bail!("{}", String::from_utf8_lossy(&text).trim()),
                     Ok(_) => {}
@@ -110,10 +117,13 @@ impl<'lab> Session<'lab> {
         let mut timed_out = false;
         loop {
             let frame = match end {
-                Some(end) => {
-                    self.frames.recv_timeout(end.saturating_duration_since(Instant::now()))
-                }
-                None => self.frames.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(end) => self
+                    .frames
+                    .recv_timeout(end.saturating_duration_since(Instant::now())),
+                None => self
+                    .frames
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
             };
             match frame {
                 Ok((Kind::Started, _)) => {
@@ -151,7 +161,10 @@ impl<'lab> Session<'lab> {
     }
 
     fn forward_stdin(&self, tty: bool) -> Result<()> {
-        let mut stream = self.stream.try_clone().context("cannot clone the channel")?;
+        let mut stream = self
+            .stream
+            .try_clone()
+            .context("cannot clone the channel")?;
         if io::stdin().is_terminal() && !tty {
             return channel::send(&mut stream, Kind::Stdin, &[]).context("cannot reach the lab");
         }
@@ -175,7 +188,10 @@ impl<'lab> Session<'lab> {
 
     fn gone(&self) -> anyhow::Error {
         let log = fs::read_to_string(self.lab.dir.join("qemu.log")).unwrap_or_default();
-        let log: Vec<&str> = log.lines().filter(|line| !line.contains("TCG doesn't")).collect();
+        let log: Vec<&str> = log
+            .lines()
+            .filter(|line| !line.contains("TCG doesn't"))
+            .collect();
         anyhow::anyhow!(
             "the lab ended; its console ends with:\n{}\n{}",
             self.lab.console_tail(),
@@ -211,7 +227,10 @@ fn write_exchange(lab: &Lab, load: &Load, request: &mut Request) -> Result<()> {
     let stage = tempfile::tempdir_in(&lab.dir).context("cannot make a staging folder")?;
     for dir in &load.add {
         let dir = fs::canonicalize(dir).with_context(|| format!("no folder {}", dir.display()))?;
-        let name = dir.file_name().context("a folder without a name")?.to_string_lossy();
+        let name = dir
+            .file_name()
+            .context("a folder without a name")?
+            .to_string_lossy();
         if request.mounts.iter().any(|mount| *mount == name) {
             bail!("two folders to add are named {name}");
         }
@@ -222,13 +241,28 @@ fn write_exchange(lab: &Lab, load: &Load, request: &mut Request) -> Result<()> {
         copy(root, &stage.path().join("build"))?;
     }
     let image = lab.exchange();
-    let file = File::options().write(true).open(&image).context("no exchange disk")?;
+    let file = File::options()
+        .write(true)
+        .open(&image)
+        .context("no exchange disk")?;
     let size = file.metadata().context("no exchange disk")?.len();
     // Emptied in place: QEMU has it open.
-    file.set_len(0).and_then(|()| file.set_len(size)).context("cannot empty the exchange disk")?;
+    file.set_len(0)
+        .and_then(|()| file.set_len(size))
+        .context("cannot empty the exchange disk")?;
     quiet(
         Command::new("mke2fs")
-            .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d"])
+            .args([
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal,^metadata_csum",
+                "-m",
+                "0",
+                "-d",
+            ])
             .arg(stage.path())
             .arg(&image),
     )
@@ -238,16 +272,28 @@ fn write_exchange(lab: &Lab, load: &Load, request: &mut Request) -> Result<()> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     paths::make_dir(to)?;
     let contents = from.join(".");
-    let linked =
-        Command::new("cp").arg("-al").arg(&contents).arg(to).stderr(Stdio::null()).status();
+    let linked = Command::new("cp")
+        .arg("-al")
+        .arg(&contents)
+        .arg(to)
+        .stderr(Stdio::null())
+        .status();
     if linked.is_ok_and(|status| status.success()) {
         return Ok(());
     }
-    quiet(Command::new("cp").args(["-a", "--remove-destination"]).arg(&contents).arg(to))
+    quiet(
+        Command::new("cp")
+            .args(["-a", "--remove-destination"])
+            .arg(&contents)
+            .arg(to),
+    )
 }
 
 fn write_all(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
-    stream.write_all(bytes).and_then(|()| stream.flush()).context("cannot write the output")
+    stream
+        .write_all(bytes)
+        .and_then(|()| stream.flush())
+        .context("cannot write the output")
 }
 
 /// Unpacks the tar archive of /out while it arrives.
@@ -262,7 +308,10 @@ impl Unpacker {
         let (bytes, received) = mpsc::channel();
         let to = to.to_path_buf();
         let thread = thread::spawn(move || {
-            let source = Chunks { received, held: io::Cursor::default() };
+            let source = Chunks {
+                received,
+                held: io::Cursor::default(),
+            };
             let mut archive = tar::Archive::new(source);
             archive.set_overwrite(true);
             archive.unpack(to)
