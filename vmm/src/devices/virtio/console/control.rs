@@ -6,7 +6,7 @@ use std::sync::mpsc::SyncSender;
 use super::PortEvent;
 use super::metrics::Metrics;
 use super::port::Port;
-use super::wire::{CONTROL_LEN, FromDriver};
+use super::wire::{CONTROL_LEN, FromDriver, ToDriver};
 use crate::devices::virtio::queue::{Chain, RingFault};
 use crate::devices::virtio::{ActiveQueue, Interrupt};
 
@@ -118,24 +118,26 @@ impl ControlQueues {
         Ok(())
     }
 
-    /// Tells the driver all it should hear, as far as it has supplied buffers.
+    /// Tells the driver all it should hear, as far as it has supplied buffers. Returns the ports
+    /// that were taken away, and thereby closed.
     pub(super) fn tell(
         &mut self,
         ports: &mut [Port],
         interrupt: &Interrupt,
         metrics: &Metrics,
         events: &mut Vec<PortEvent>,
-    ) -> Result<(), RingFault> {
+    ) -> Result<Vec<u32>, RingFault> {
         self.collect(Some(metrics))?;
         // Before it has announced itself, the driver expects nothing.
+        let mut removed = Vec::new();
         if self.capacity.is_none() {
-            return Ok(());
+            return Ok(removed);
         }
         for (number, port) in (0..).zip(ports) {
             while let Some(message) = port.next_message() {
                 let Some(chain) = self.buffers.pop_front() else {
                     interrupt.used(&mut self.receive.queue)?;
-                    return Ok(());
+                    return Ok(removed);
                 };
                 let bytes = message.encode(number);
                 if bytes.len() as u64 > chain.writable_len() {
@@ -152,7 +154,10 @@ impl ControlQueues {
                     tracing::trace!(port = number, ?message, "Console control message sent");
                 }
                 events.extend(port.sent(&message).map(|event| event.of(number)));
-                if message == super::wire::ToDriver::Open(true)
+                if message == ToDriver::Remove {
+                    removed.push(number);
+                }
+                if message == ToDriver::Open(true)
                     && let Some(waiter) = port
                         .attachment()
                         .and_then(|attachment| attachment.acknowledge.take())
@@ -162,7 +167,7 @@ impl ControlQueues {
             }
         }
         interrupt.used(&mut self.receive.queue)?;
-        Ok(())
+        Ok(removed)
     }
 
     /// Takes over buffers the driver has supplied; it gives one back for each message dealt with.

@@ -98,9 +98,10 @@ impl Port {
         self.attachment.as_mut()
     }
 
-    /// Whether the driver was told of the port.
+    /// Whether the driver may speak of the port: it was told of it, or still has it open from before
+    /// it asked for all ports once more.
     pub(super) fn is_known(&self) -> bool {
-        self.told.added
+        self.told.added || self.guest != Guest::Closed
     }
 
     /// Whether [`attach`](Self::attach) may be called.

@@ -103,6 +103,22 @@ impl Worker {
         control: &mut Control<'_>,
         events: &mut Vec<PortEvent>,
     ) -> Result<(), RingFault> {
+        self.serve_lanes(ports, table, control, events)?;
+        if let Some(queues) = &mut self.control {
+            let metrics = &self.shared.metrics;
+            let removed = queues.tell(&mut table.ports, &self.interrupt, metrics, events)?;
+            self.serve_lanes(removed, table, control, events)?;
+        }
+        Ok(())
+    }
+
+    fn serve_lanes(
+        &mut self,
+        ports: impl IntoIterator<Item = u32>,
+        table: &mut Table,
+        control: &mut Control<'_>,
+        events: &mut Vec<PortEvent>,
+    ) -> Result<(), RingFault> {
         let metrics = &self.shared.metrics;
         for number in ports {
             if let (Some(lane), Some(port)) = (
@@ -111,9 +127,6 @@ impl Worker {
             ) {
                 lane.serve(port, &self.interrupt, metrics, control, events)?;
             }
-        }
-        if let Some(queues) = &mut self.control {
-            queues.tell(&mut table.ports, &self.interrupt, metrics, events)?;
         }
         Ok(())
     }
