@@ -61,7 +61,7 @@ pub(crate) fn ensure() -> Result<()> {
 
 /// Builds everything into [`paths::products`].
 pub(crate) fn build(kernel: &Kernel) -> Result<()> {
-    apt::ensure(&["binutils", "gcc", "libseccomp-dev"])?;
+    apt::ensure(&["binutils", "gcc", "libseccomp-dev", "pkg-config"])?;
     step("static binaries", binaries)?;
     step("initramfs and installation tree", || {
         let _lock = paths::lock(&paths::target(), "products")?;

@@ -53,7 +53,14 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
 
 /// Format, lints and unit tests; goes on after a failure, so that one run tells all.
 fn check(total: &mut Total) -> Result<bool> {
-    crate::apt::ensure(&["gcc", "libseccomp-dev"])?;
+    // The last two are what unit tests make images with.
+    crate::apt::ensure(&[
+        "gcc",
+        "libseccomp-dev",
+        "pkg-config",
+        "e2fsprogs",
+        "erofs-utils",
+    ])?;
     let mut good = passes("format", cargo().args(["fmt", "--all", "--check"]));
     let lints = [
         "clippy",
