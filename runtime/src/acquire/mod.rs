@@ -1,5 +1,86 @@
 //! Obtaining what a plan needs, each step recorded in the ledger first.
 
 pub mod limits;
-pub mod rootfs;
+mod kernel;
+mod rootfs;
 pub mod stdio;
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+use crate::config::{Digest, Resolved};
+use crate::images::{self, Cache};
+use crate::ledger::{self, Ledger};
+use crate::plan::Plan;
+
+pub use limits::HostCgroup;
+
+/// Why what a plan needs can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("Cannot open the guest's {what} {}; see {key} in the configuration", path.display())]
+    Boot { what: &'static str, path: PathBuf, key: &'static str, source: io::Error },
+    #[error("The guest kernel {} has SHA-256 {found}; kernel.sha256 says {expected}", path.display())]
+    Digest { path: PathBuf, found: Digest, expected: Digest },
+    #[error(transparent)]
+    Image(#[from] images::Error),
+    #[error(transparent)]
+    Ledger(#[from] ledger::Error),
+}
+
+/// What a machine is started with.
+#[derive(Debug)]
+pub struct Resources {
+    /// In the plan's order.
+    pub disks: Vec<AcquiredDisk>,
+    pub kernel: File,
+    pub initramfs: File,
+    /// The sandbox's own directory, which is the ledger's: for sockets, each recorded.
+    pub state_dir: PathBuf,
+    /// Where the host accounts for the machine; `None` if there is no such place.
+    pub cgroup: Option<HostCgroup>,
+}
+
+/// A disk, opened. The open file is all there is to hold on to: it keeps a cached image from being
+/// removed, and a disk of the machine's own is gone when it is closed.
+#[derive(Debug)]
+pub struct AcquiredDisk {
+    pub file: File,
+    pub serial: String,
+    pub read_only: bool,
+}
+
+/// Acquires what `plan` needs. Blocks, the first time an image is used for as long as it takes to
+/// make file systems of its layers.
+///
+/// # Errors
+/// Something isn't there or can't be made; the ledger, dropped, undoes the rest.
+pub fn acquire(plan: &Plan, ledger: &mut Ledger, config: &Resolved) -> Result<Resources, Error> {
+    for left_out in &plan.left_out {
+        tracing::debug!(key = left_out.key, reason = left_out.reason, "Left out of the guest");
+    }
+    let cache = Cache::open(config)?;
+    let kernel = kernel::open(config)?;
+    let initramfs = &config.kernel.initramfs.0;
+    let initramfs = File::open(initramfs).map_err(|source| Error::Boot {
+        what: "initramfs",
+        path: initramfs.clone(),
+        key: "kernel.initramfs",
+        source,
+    })?;
+    let cgroup = match &plan.cgroup {
+        Some(path) => HostCgroup::create(path, &plan.cpuset, ledger)?,
+        None => None,
+    };
+    Ok(Resources {
+        disks: rootfs::disks(&plan.disks, &cache)?,
+        kernel,
+        initramfs,
+        state_dir: ledger.directory().to_path_buf(),
+        cgroup,
+    })
+}
+
+#[cfg(test)]
+mod tests;

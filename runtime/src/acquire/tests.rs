@@ -1,0 +1,110 @@
+use std::path::Path;
+
+use super::limits::{Hierarchy, Kind, hierarchies};
+use super::*;
+use crate::config::AbsolutePath;
+
+fn config(root: &Path) -> Resolved {
+    let mut config = Resolved::default();
+    config.kernel.path = AbsolutePath(root.join("vmlinux"));
+    config.kernel.initramfs = AbsolutePath(root.join("initramfs.img"));
+    config.images.directory = AbsolutePath(root.join("images"));
+    config.rootfs.directory = AbsolutePath(root.join("writable"));
+    config.state.directory = AbsolutePath(root.join("state"));
+    std::fs::create_dir(root.join("images")).expect("mkdir");
+    config
+}
+
+#[test]
+fn a_missing_kernel_names_the_key() {
+    let root = tempfile::tempdir().expect("tempdir");
+    let error = kernel::open(&config(root.path())).expect_err("missing");
+    assert!(
+        error
+            .to_string()
+            .contains("see kernel.path in the configuration"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_kernel_that_differs_is_refused_also_after_it_was_right() {
+    let root = tempfile::tempdir().expect("tempdir");
+    let mut config = config(root.path());
+    std::fs::write(&config.kernel.path.0, "kernel").expect("write");
+    let right = kernel::digest(&config.kernel.path.0, root.path()).expect("digest");
+    // printf kernel | sha256sum
+    assert!(right.to_string().starts_with("6923dd1b"), "{right}");
+    config.kernel.sha256 = Some(right);
+    for _ in 0..2 {
+        kernel::open(&config).expect("right");
+    }
+    std::fs::write(&config.kernel.path.0, "kernem").expect("write");
+    let error = kernel::open(&config).expect_err("replaced");
+    assert!(
+        matches!(error, Error::Digest { expected, .. } if expected == right),
+        "{error}"
+    );
+}
+
+#[test]
+fn hierarchies_are_those_containerd_uses() {
+    let hybrid = "\
+25 30 0:24 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+31 25 0:25 / /sys/fs/cgroup/cpuset rw,relatime shared:7 - cgroup cgroup rw,cpuset
+32 25 0:26 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+33 25 0:27 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd
+34 25 0:28 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+    let at = |path: &str, kind| Hierarchy {
+        root: path.into(),
+        kind,
+    };
+    assert_eq!(
+        hierarchies(hybrid),
+        [
+            at("/sys/fs/cgroup/cpuset", Kind::V1Cpuset),
+            at("/sys/fs/cgroup/memory", Kind::V1)
+        ]
+    );
+    let unified = "30 25 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+    assert_eq!(hierarchies(unified), [at("/sys/fs/cgroup", Kind::V2)]);
+    assert_eq!(hierarchies(""), []);
+}
+
+/// On this host's own hierarchies.
+#[test]
+fn a_process_is_accounted_for_and_the_cgroup_goes_with_the_ledger() {
+    let root = tempfile::tempdir().expect("tempdir");
+    let mut ledger = Ledger::create(&root.path().join("default/web")).expect("ledger");
+    let path = format!("supermachine-test-{}/web", std::process::id());
+    let cgroup = HostCgroup::create(Path::new(&path), "", &mut ledger).expect("ledger");
+    let Some(cgroup) = cgroup else {
+        eprintln!("skipped: this host's cgroups cannot be written to");
+        return;
+    };
+    let mut child = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .expect("sleep");
+    cgroup.add(child.id());
+    let pid = child.id();
+    let start_time = ledger::start_time(pid).expect("running");
+    ledger
+        .record(ledger::Entry::Child { pid, start_time })
+        .expect("record");
+    let accounted = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroup");
+    let directories = cgroup.directories().to_vec();
+    assert_eq!(
+        accounted.matches(&path).count(),
+        directories.len(),
+        "{accounted}"
+    );
+
+    drop(ledger);
+    child.wait().expect("wait");
+    for directory in directories {
+        assert!(!directory.exists(), "{}", directory.display());
+        std::fs::remove_dir(directory.parent().expect("parent")).expect("rmdir");
+    }
+}
