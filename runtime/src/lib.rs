@@ -10,14 +10,23 @@
 
 #![forbid(unsafe_code)]
 
+use std::process::ExitCode;
+
 pub mod acquire;
-pub mod agent;
+mod agent;
 pub mod check;
 pub mod config;
-pub mod error;
 pub mod events;
 pub mod images;
 pub mod ledger;
 pub mod plan;
 pub mod request;
 pub mod sandbox;
+
+/// Runs a virtual machine if this process was executed to be one, and then answers its exit status.
+///
+/// A program that has a [`sandbox::Sandbox`] calls this first in its `main`, before any thread
+/// exists and any file is open.
+pub fn vmm_child() -> Option<ExitCode> {
+    supermachine_vmm::child::main()
+}

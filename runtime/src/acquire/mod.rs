@@ -1,7 +1,7 @@
 //! Obtaining what a plan needs, each step recorded in the ledger first.
 
-pub mod limits;
 mod kernel;
+pub mod limits;
 mod rootfs;
 pub mod stdio;
 
