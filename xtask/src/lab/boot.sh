@@ -1,6 +1,7 @@
 #!/bin/sh
 # Brings the lab up, from busybox init: mounts, modules, containerd. What takes long runs in the
 # background; the channel's helper waits for it when a command needs it.
+mkdir -p /dev/pts /dev/shm /dev/mqueue
 mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t mqueue mqueue /dev/mqueue

@@ -2,89 +2,30 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::files;
 use crate::containerd::{self, Containerd};
-use crate::cpio::Archive;
 use crate::kernel::{Kernel, stock};
 use crate::step::{hash, quiet, step};
 use crate::{apt, images, paths};
 
+/// Counts changes of this recipe that change its result.
+const RECIPE: &str = "2";
+
 /// The suite of the root disk: its erofs-utils makes images from folders and tar streams well.
 const SUITE: &str = "trixie";
+
 /// What the lab holds beside containerd.
-const PACKAGES: &[&str] = &[
-    "base-files",
-    "bash",
-    "bsdutils",
-    "busybox-static",
-    "coreutils",
-    "dash",
-    "diffutils",
-    "e2fsprogs",
-    "erofs-utils",
-    "findutils",
-    "grep",
-    "gzip",
-    "hostname",
-    "iproute2",
-    "iptables",
-    "kmod",
-    "libc-bin",
-    "login",
-    "lsof",
-    "mount",
-    "nftables",
-    "procps",
-    "psmisc",
-    "qemu-system-x86",
-    "runc",
-    "sed",
-    "strace",
-    "tar",
-    "util-linux",
-    "gawk",
-    "socat",
-    "xz-utils",
-    "zstd",
-    "seabios",
-];
-
-const BOOT: &str = include_str!("boot.sh");
-const INIT: &str = include_str!("init.sh");
-/// busybox init reaps what is left behind; the helper's end is the lab's.
-const INITTAB: &str = "::sysinit:/usr/lib/lab/boot\n::once:/usr/lib/lab/helper\n";
-const HELPER: &str = "#!/bin/sh\n/run/lab/xtask lab-guest > /dev/console 2>&1\npoweroff -f\n";
-
-/// Files written over what the packages leave, with their modes.
-const FILES: &[(&str, u32, &str)] = &[
-    ("usr/lib/lab/boot", 0o755, BOOT),
-    ("usr/lib/lab/helper", 0o755, HELPER),
-    ("etc/inittab", 0o644, INITTAB),
-    ("etc/containerd/config.toml", 0o644, containerd::CONFIG),
-    ("etc/hostname", 0o644, "lab\n"),
-    ("etc/hosts", 0o644, "127.0.0.1 localhost lab\n"),
-    (
-        "etc/passwd",
-        0o644,
-        "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
-    ),
-    (
-        "etc/group",
-        0o644,
-        "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
-    ),
-    (
-        "etc/nsswitch.conf",
-        0o644,
-        "passwd: files\ngroup: files\nhosts: files dns\n",
-    ),
-    ("etc/fstab", 0o644, ""),
-];
+const PACKAGES: &str = "\
+    base-files bash bsdutils busybox-static coreutils dash diffutils e2fsprogs erofs-utils \
+    findutils gawk grep gzip hostname iproute2 iptables kmod libc-bin login lsof mount \
+    nftables procps psmisc qemu-system-x86 runc seabios sed socat strace tar util-linux \
+    xz-utils zstd";
 
 /// The disk's size, sparse: room for images and snapshots.
 const DISK_SIZE: u64 = 16 << 30;
@@ -94,7 +35,7 @@ const DISK_SIZE: u64 = 16 << 30;
 pub(super) struct Image {
     pub(super) kernel: PathBuf,
     pub(super) disk: PathBuf,
-    /// The initramfs without the helper, which each run appends.
+    /// The initramfs without what each run appends.
     pub(super) initramfs: PathBuf,
 }
 
@@ -118,18 +59,18 @@ pub(super) fn ensure() -> Result<Image> {
 
 fn key(kernel: &Kernel) -> Result<String> {
     let version = kernel_version(kernel)?;
-    let packages = PACKAGES.join(" ");
-    let mut parts = vec![SUITE, &packages, INIT, &version];
-    for (name, _, contents) in FILES {
-        parts.extend([*name, *contents]);
-    }
-    let parts: Vec<&[u8]> = parts.into_iter().map(str::as_bytes).collect();
+    let parts = [RECIPE, SUITE, PACKAGES, &version].map(str::as_bytes);
     Ok(hash(&parts).chars().take(16).collect())
 }
 
 fn kernel_version(kernel: &Kernel) -> Result<String> {
     let version = fs::read_to_string(kernel.dir.join("version")).context("kernel version")?;
     Ok(version.trim().to_owned())
+}
+
+/// The kernel's own tree of modules.
+fn modules(kernel: &Kernel) -> Result<PathBuf> {
+    Ok(kernel.dir.join("lib/modules").join(kernel_version(kernel)?))
 }
 
 fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
@@ -153,7 +94,11 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
         eprintln!("    runs import the images themselves ({error:#})");
     }
     step("lab root disk", || disk(&root, &fresh.join("root.img")))?;
-    initramfs(kernel, work.path(), &fresh.join("initramfs.cpio"))?;
+    files::base_initramfs(
+        &modules(kernel)?,
+        work.path(),
+        &fresh.join("initramfs.cpio"),
+    )?;
 
     paths::remove_dir(dir)?;
     fs::rename(&fresh, dir).with_context(|| format!("cannot make {}", dir.display()))
@@ -170,7 +115,7 @@ fn packages(root: &Path) -> Result<()> {
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
         ])
-        .arg(format!("--include={}", PACKAGES.join(",")))
+        .arg(format!("--include={}", PACKAGES.replace(' ', ",")))
         .args([SUITE])
         .arg(root)
         .arg("-")
@@ -201,15 +146,8 @@ fn preload(root: &Path, work: &Path) -> Result<()> {
     containerd.import(&archives)
 }
 
-/// Configuration, kernel modules and what the maintainer scripts would have made.
+/// Kernel modules and what the maintainer scripts would have made.
 fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
-    for (name, mode, contents) in FILES {
-        let path = root.join(name);
-        paths::make_dir(path.parent().context("a file without a folder")?)?;
-        fs::write(&path, contents)
-            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(*mode)))
-            .with_context(|| format!("cannot write {name} of the lab"))?;
-    }
     for dir in [
         "out", "mnt", "root", "proc", "sys", "dev", "run", "tmp", "var/log", "var/tmp",
     ] {
@@ -238,11 +176,10 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
     ] {
         paths::remove_dir(&root.join(dir))?;
     }
-    let modules = root.join("usr/lib/modules");
-    paths::make_dir(&modules)?;
-    let version = kernel_version(kernel)?;
-    let from = kernel.dir.join("lib/modules").join(version);
-    quiet(Command::new("cp").arg("-a").arg(from).arg(&modules))
+    let to = root.join("usr/lib/modules");
+    paths::make_dir(&to)?;
+    let from = modules(kernel)?;
+    quiet(Command::new("cp").arg("-a").arg(from).arg(&to))
 }
 
 /// The root folder as a sparse ext4 image. No journal: a lab's disk never outlives its run.
@@ -268,23 +205,4 @@ fn disk(root: &Path, image: &Path) -> Result<()> {
             .arg(root)
             .arg(image),
     )
-}
-
-fn initramfs(kernel: &Kernel, work: &Path, to: &Path) -> Result<()> {
-    let version = kernel_version(kernel)?;
-    let modules = work.join("modules");
-    let tree = kernel.dir.join("lib/modules").join(version);
-    stock::collect(&tree, &["virtio_pci", "virtio_blk", "ext4"], &modules)?;
-    let mut archive = Archive::default();
-    for dir in ["bin", "modules", "dev"] {
-        archive.dir(dir)?;
-    }
-    archive.character_device("dev/console", 5, 1)?;
-    archive.copy("bin/busybox", 0o755, Path::new("/bin/busybox"))?;
-    archive.file("init", 0o755, INIT.as_bytes())?;
-    let list = fs::read_to_string(modules.join("modules.list")).context("no modules.list")?;
-    for name in list.lines().chain(["modules.list"]) {
-        archive.copy(&format!("modules/{name}"), 0o644, &modules.join(name))?;
-    }
-    fs::write(to, archive.finish()?).context("cannot write the lab's initramfs")
 }

@@ -11,5 +11,6 @@ mount -t ext4 -o noatime,noinit_itable /dev/vda /root || exec sh
 mount -t tmpfs -o mode=755 run /root/run
 mkdir -p /root/run/lab
 cp /xtask /root/run/lab/xtask
+cp -a /files/. /root/
 for dir in dev proc sys; do mount --move "/$dir" "/root/$dir"; done
 exec switch_root /root /usr/bin/busybox init

@@ -8,9 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use super::files;
 use super::image::{self, Image};
-use crate::cpio::Archive;
-use crate::step::quiet;
 use crate::{apt, paths};
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -145,7 +144,7 @@ fn spawn(mut launcher: Command, dir: &Path, shape: &Shape) -> Result<Child> {
     ensure_qemu()?;
     let image = image::ensure()?;
     let initramfs = dir.join("initramfs.cpio");
-    write_initramfs(&image, dir, &initramfs)?;
+    files::initramfs(&image.initramfs, dir, &initramfs)?;
     File::create(dir.join("exchange.img"))
         .and_then(|file| file.set_len(EXCHANGE_SIZE))
         .context("cannot make the exchange disk")?;
@@ -217,25 +216,6 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
         &format!("virtserialport,chardev=ch,name={}", super::channel::PORT),
     ]);
     args
-}
-
-/// The cached initramfs with this program appended: the kernel unpacks one archive after another.
-fn write_initramfs(image: &Image, dir: &Path, to: &Path) -> Result<()> {
-    let exe = std::env::current_exe().context("cannot find this program")?;
-    let stripped = dir.join("xtask");
-    apt::ensure(&["binutils"])?;
-    quiet(
-        Command::new("strip")
-            .arg("-s")
-            .arg(&exe)
-            .arg("-o")
-            .arg(&stripped),
-    )?;
-    let mut archive = Archive::default();
-    archive.copy("xtask", 0o755, &stripped)?;
-    let mut bytes = fs::read(&image.initramfs).context("cannot read the lab's initramfs")?;
-    bytes.extend(archive.finish()?);
-    fs::write(to, bytes).context("cannot write the run's initramfs")
 }
 
 /// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.

@@ -4,6 +4,7 @@
 //! any folders into it, runs a command and carries output, exit status and results back.
 
 mod channel;
+mod files;
 pub(crate) mod guest;
 mod image;
 mod machine;
