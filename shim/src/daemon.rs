@@ -6,10 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use supermachine_runtime::config::{self, Resolved};
+use supermachine_runtime::config::{self, Level, Resolved};
 use supermachine_runtime::sandbox::Sandbox;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
+use tracing::level_filters::LevelFilter;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -32,8 +33,11 @@ const FLUSH: Duration = Duration::from_secs(10);
 /// Stdin is not the socket that `start` made, or the configuration is wrong.
 pub(crate) fn run(args: Args) -> Result<(), BoxError> {
     let listener = inherited_socket()?;
-    let config = config::load(None)?;
-    log_to_stderr(&args, &config);
+    let mut config = config::load(None)?;
+    if args.debug {
+        config.log.level = Level::Debug;
+    }
+    log_to_stderr(config.log.level)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -60,17 +64,13 @@ fn inherited_socket() -> Result<UnixListener, BoxError> {
     Ok(listener)
 }
 
-fn log_to_stderr(args: &Args, config: &Resolved) {
-    let level = if args.debug {
-        tracing::Level::DEBUG
-    } else {
-        config.log.level.into()
-    };
+fn log_to_stderr(level: Level) -> Result<(), BoxError> {
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_max_level(level.as_str().parse::<LevelFilter>()?)
         .with_ansi(false)
         .with_writer(io::stderr)
         .init();
+    Ok(())
 }
 
 async fn serve(args: &Args, listener: UnixListener, config: Resolved) -> Result<(), BoxError> {

@@ -7,8 +7,8 @@ use std::collections::VecDeque;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::api::Envelope;
 use containerd_shim_protos::events::task;
+use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::types::mount::Mount;
 use containerd_shim_protos::{api, topics};

@@ -95,6 +95,17 @@ pub enum Stream {
     File(PathBuf),
 }
 
+/// As it is asked for; a fifo by its path alone.
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => Ok(()),
+            Self::Fifo(path) => write!(f, "{}", path.display()),
+            Self::File(path) => write!(f, "file://{}", path.display()),
+        }
+    }
+}
+
 impl Stream {
     fn parse(stream: &'static str, value: &str) -> Result<Self, Error> {
         let absolute = |path: &str| {

@@ -111,7 +111,9 @@ impl Inner {
         let mut init = Entry::new(Process::init(request.stdio.clone()), None);
         let stdio = assign_ports(&mut ports, &mut init, &streams)?;
         init.held = attach(&*machine, &stdio, streams).await?;
-        progress.agent_listens(self.timeouts.boot).await?;
+        progress
+            .agent_listens(&*machine, self.timeouts.boot)
+            .await?;
         let connected = during("connecting to the agent", &mut progress.ended, async {
             let stream = machine.dial_agent().await?;
             Agent::connect(stream, &guest.hostname, self.timeouts.call).await
@@ -256,21 +258,27 @@ impl Vm {
 
 impl Progress {
     /// Waits for the agent to listen.
-    async fn agent_listens(&mut self, limit: Duration) -> Result<(), Error> {
-        let listening = &mut self.listening;
-        let wait = async {
-            // The sender goes only with the machine, which the other branch sees.
-            if listening.wait_for(|listening| *listening).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-            Ok(())
+    async fn agent_listens(&mut self, machine: &dyn Machine, limit: Duration) -> Result<(), Error> {
+        let Self { listening, ended } = self;
+        let result = tokio::select! {
+            // The sender goes with the machine only, and the other branch sees that.
+            Ok(_) = listening.wait_for(|listening| *listening) => return Ok(()),
+            reason = end_of(ended) => Err(reason),
+            () = tokio::time::sleep(limit) => Ok(()),
         };
-        let wait = during("before its agent listened", &mut self.ended, wait);
-        tokio::time::timeout(limit, wait)
-            .await
-            .map_err(|_| Error::Silent {
+        let said = match machine.last_words() {
+            words if words.is_empty() => "it logged nothing".to_owned(),
+            words => format!("the last it logged is: {words}"),
+        };
+        Err(match result {
+            Err(reason) => Error::MachineEnded {
+                during: "before its agent listened",
+                reason: format!("{}; {said}", reason.unwrap_or_default()),
+            },
+            Ok(()) => Error::Silent {
                 limit,
-                last: "its processors run, but its agent has not begun to listen".to_owned(),
-            })?
+                last: format!("its processors run, but its agent does not listen; {said}"),
+            },
+        })
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::ledger;
+
 /// The kinds of failure a caller can tell apart; containerd's own, by their gRPC names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -42,7 +44,10 @@ pub enum Error {
     Plan(#[from] crate::plan::Error),
     /// Something the plan needs could not be had.
     #[error(transparent)]
-    Acquire(#[from] crate::acquire::stdio::Error),
+    Acquire(#[from] crate::acquire::Error),
+    /// What is acquired cannot be written down, or not be undone.
+    #[error(transparent)]
+    Ledger(#[from] ledger::Error),
     /// The request cannot be told to the guest.
     #[error("Cannot encode an OCI object for the guest")]
     Encode {
@@ -51,7 +56,7 @@ pub enum Error {
     },
     /// A stream could not be opened.
     #[error(transparent)]
-    Stdio(std::io::Error),
+    Stdio(#[from] crate::acquire::stdio::Error),
     /// All console ports are in use.
     #[error(
         "All {total} console ports are in use; a process takes one for each of its streams \
@@ -125,10 +130,14 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Refused { kind, .. } | Self::Guest { kind, .. } => *kind,
+            Self::Ledger(ledger::Error::Exists { .. } | ledger::Error::InUse { .. }) => {
+                Kind::AlreadyExists
+            }
             Self::Request(_) | Self::Plan(_) | Self::Encode { .. } => Kind::InvalidArgument,
             Self::NoFreePort { .. } => Kind::ResourceExhausted,
             Self::Silent { .. } => Kind::DeadlineExceeded,
             Self::Acquire(_)
+            | Self::Ledger(_)
             | Self::Stdio(_)
             | Self::Machine { .. }
             | Self::MachineEnded { .. }

@@ -61,6 +61,9 @@ pub(super) trait Machine: Send + Sync {
 
     /// Gives back everything that was acquired for it, after its end.
     async fn release(&self);
+
+    /// The last lines it logged, for whoever has to find out why it failed; empty if there are none.
+    fn last_words(&self) -> String;
 }
 
 /// What happens in a machine.

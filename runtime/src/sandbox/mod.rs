@@ -9,12 +9,13 @@
 
 mod create;
 mod error;
+mod guest_log;
 mod machine;
 mod ports;
 mod process;
 mod pump;
 mod verbs;
-// mod vm;
+mod vm;
 
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use process::Process;
 
 pub use error::{Error, Kind};
 pub use process::Status;
+pub use vm::clean_up;
 
 /// Exit status of a process whose end nobody saw, as containerd has it.
 const STATUS_UNKNOWN: u32 = 255;

@@ -247,6 +247,10 @@ impl Machine for Guest {
     async fn release(&self) {
         self.with(|state| state.released += 1);
     }
+
+    fn last_words(&self) -> String {
+        "Kernel panic".to_owned()
+    }
 }
 
 fn empty() -> ttrpc::Result<protocol::Empty> {

@@ -1,0 +1,386 @@
+//! The real machine: a VMM process of our own, with everything acquired for it.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use supermachine_protocol as protocol;
+use supermachine_vmm::control::{
+    BootSpec, ConsoleSpec, DiskSpec, Event as VmEvent, Exit as VmExit, LogLevel, SpawnConfig,
+    VmHandle, VsockSpec,
+};
+use supermachine_vmm::devices::virtio::console::MAX_PORTS;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc::{self, UnboundedSender};
+
+use super::error::Error;
+use super::guest_log::GuestLog;
+use super::machine::{Event, GuestContainer, Launched, Launcher, Machine, Timeouts};
+use super::{Inner, Sandbox, Slot};
+use crate::acquire::{self, Resources};
+use crate::agent;
+use crate::config::{Level, Resolved};
+use crate::ledger::{self, Entry, Ledger};
+use crate::plan::{self, HostFacts, Plan};
+use crate::request::Create;
+
+/// The guest's address on its vsock. Every guest has its own device, so all have the same.
+const GUEST_CID: u32 = 3;
+
+/// Where the guest's vsock is reached, in the sandbox's directory.
+const VSOCK: &str = "vsock";
+
+/// How long an exit may wait for somebody to read the rest of the output.
+const DRAIN: Duration = Duration::from_secs(10);
+
+impl Sandbox {
+    /// An empty sandbox. What happens in it is told through `events`.
+    pub fn new(config: Resolved, events: UnboundedSender<crate::events::Event>) -> Self {
+        let timeouts = Timeouts {
+            boot: config.timeouts.boot.0,
+            call: config.timeouts.call.0,
+            stop: config.timeouts.stop.0,
+            drain: DRAIN,
+        };
+        let stdio_ports = (protocol::FIRST_STDIO_PORT, last_port(&config));
+        let inner = Inner {
+            launcher: Box::new(VmLauncher { config }),
+            timeouts,
+            stdio_ports,
+            events,
+            slot: Mutex::new(Slot::Empty),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+}
+
+/// Undoes whatever the shim of container `id`, which is gone, had acquired.
+///
+/// # Errors
+/// The ledger cannot be read, or something on it cannot be undone.
+pub fn clean_up(config: &Resolved, namespace: &str, id: &str) -> Result<(), ledger::Error> {
+    match Ledger::open(&directory(config, namespace, id)) {
+        Err(ledger::Error::NotFound { .. }) => Ok(()),
+        ledger => ledger?.undo(),
+    }
+}
+
+fn directory(config: &Resolved, namespace: &str, id: &str) -> PathBuf {
+    config.state.directory.0.join(namespace).join(id)
+}
+
+/// The console's highest port: port 0 is the agent's, the others carry stdio.
+fn last_port(config: &Resolved) -> u32 {
+    config.console.ports.0.min(MAX_PORTS - 1)
+}
+
+struct VmLauncher {
+    config: Resolved,
+}
+
+#[async_trait]
+impl Launcher for VmLauncher {
+    async fn launch(&self, request: &Create) -> Result<Launched, Error> {
+        let (sender, events) = mpsc::unbounded_channel();
+        let name = format!("{}/{}", request.namespace, request.id);
+        let spawn = SpawnConfig {
+            log_level: log_level(self.config.log.level),
+            ..SpawnConfig::new(name)
+        };
+        let (config, create) = (self.config.clone(), request.clone());
+        // The process starts while images are made or looked up.
+        let (process, prepared) = tokio::join!(
+            blocking("starting its process", move || {
+                VmHandle::spawn(spawn, Box::new(move |event| report(&sender, event)))
+                    .map_err(|error| machine_error("starting its process", error))
+            }),
+            blocking("preparing it", move || Prepared::new(&create, &config)),
+        );
+        let (process, mut prepared) = (process?, prepared?);
+        let vsock = prepared.add_process(process.pid())?;
+        let socket = prepared.ledger.directory().join(VSOCK);
+        let guest = prepared.guest_container()?;
+        let (log, serial, agent_log) = GuestLog::start()?;
+        let limit = self.config.timeouts.boot.0;
+        let max_ports = last_port(&self.config) + 1;
+        let machine = blocking("booting it", move || {
+            let Prepared {
+                plan,
+                resources,
+                ledger,
+            } = prepared;
+            let spec = boot_spec(&plan, resources, serial, vsock, max_ports);
+            let booted = process.boot(&spec, limit).and_then(|()| {
+                process.attach_port(protocol::AGENT_CONSOLE_PORT, None, Some(agent_log))
+            });
+            booted.map_err(|error| machine_error("booting it", error))?;
+            Ok(Vmm {
+                process: Arc::new(process),
+                ledger: Mutex::new(Some(ledger)),
+                socket,
+                log,
+            })
+        });
+        Ok(Launched {
+            machine: Arc::new(machine.await?),
+            events,
+            guest,
+        })
+    }
+}
+
+/// Everything a machine needs but its process.
+struct Prepared {
+    plan: Plan,
+    resources: Resources,
+    /// After the resources: what is listed in it is undone when they are closed.
+    ledger: Ledger,
+}
+
+impl Prepared {
+    fn new(request: &Create, config: &Resolved) -> Result<Self, Error> {
+        let spec = request.load_spec()?;
+        let plan = plan::plan(request, &spec, &HostFacts::read(request), config)?;
+        let directory = directory(config, request.namespace.as_str(), request.id.as_str());
+        let mut ledger = match Ledger::create(&directory) {
+            // Left by a shim that was killed and never cleaned up after; one that lives is in use.
+            Err(ledger::Error::Exists { .. }) => {
+                Ledger::open(&directory)?.undo()?;
+                Ledger::create(&directory)?
+            }
+            ledger => ledger?,
+        };
+        let resources = acquire::acquire(&plan, &mut ledger, config)?;
+        Ok(Self {
+            plan,
+            resources,
+            ledger,
+        })
+    }
+
+    /// Books the machine's process and opens its way in.
+    fn add_process(&mut self, pid: u32) -> Result<UnixListener, Error> {
+        if let Some(start_time) = ledger::start_time(pid) {
+            self.ledger.record(Entry::Child { pid, start_time })?;
+        }
+        if let Some(cgroup) = &self.resources.cgroup {
+            cgroup.add(pid);
+        }
+        let path = self.ledger.directory().join(VSOCK);
+        self.ledger.record(Entry::File { path: path.clone() })?;
+        UnixListener::bind(&path).map_err(|source| Error::Machine {
+            what: "opening the socket of its vsock",
+            source: source.into(),
+        })
+    }
+
+    fn guest_container(&self) -> Result<GuestContainer, Error> {
+        let spec_json =
+            serde_json::to_vec(&self.plan.guest_spec).map_err(|source| Error::Encode { source })?;
+        Ok(GuestContainer {
+            rootfs: (&self.plan.rootfs).into(),
+            spec_json,
+            hostname: self.plan.hostname.clone().unwrap_or_default(),
+        })
+    }
+}
+
+fn boot_spec(
+    plan: &Plan,
+    resources: Resources,
+    serial: OwnedFd,
+    vsock: UnixListener,
+    max_ports: u32,
+) -> BootSpec {
+    let disks = resources.disks.into_iter().map(|disk| DiskSpec {
+        file: disk.file,
+        read_only: disk.read_only,
+        serial: disk.serial,
+    });
+    BootSpec {
+        vcpus: plan.vcpus,
+        memory: plan.memory,
+        kernel: resources.kernel,
+        initramfs: Some(resources.initramfs),
+        cmdline: plan.cmdline.clone(),
+        serial: Some(serial),
+        disks: disks.collect(),
+        console: Some(ConsoleSpec {
+            // The others appear when they are attached.
+            ports: vec![protocol::console_port_name(protocol::AGENT_CONSOLE_PORT)],
+            max_ports,
+        }),
+        vsock: Some(VsockSpec {
+            cid: GUEST_CID,
+            listener: vsock,
+        }),
+        balloon: true,
+        rng: true,
+    }
+}
+
+/// A machine that runs in a process of its own.
+struct Vmm {
+    process: Arc<VmHandle>,
+    /// Undone at release; by its drop if it never comes to that.
+    ledger: Mutex<Option<Ledger>>,
+    socket: PathBuf,
+    log: GuestLog,
+}
+
+impl fmt::Debug for Vmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vmm")
+            .field("process", &self.process)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Machine for Vmm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    async fn attach(
+        &self,
+        port: u32,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> Result<(), Error> {
+        let process = Arc::clone(&self.process);
+        blocking("attaching a stream", move || {
+            process
+                .attach_port(port, input, output)
+                .map_err(|error| machine_error("attaching a stream", error))
+        })
+        .await
+    }
+
+    async fn detach(&self, port: u32) {
+        let process = Arc::clone(&self.process);
+        let detached = blocking("detaching a stream", move || {
+            process
+                .detach_port(port)
+                .map_err(|error| machine_error("detaching a stream", error))
+        });
+        if let Err(error) = detached.await {
+            tracing::debug!(port, error = error.chain(), "could not detach a port");
+        }
+    }
+
+    async fn dial_agent(&self) -> Result<UnixStream, Error> {
+        connect(&self.socket)
+            .await
+            .map_err(|source| Error::Connection {
+                during: "connecting to it",
+                text: source.to_string(),
+            })
+    }
+
+    async fn kill(&self) {
+        let process = Arc::clone(&self.process);
+        let killed = blocking("killing it", move || {
+            process.kill();
+            Ok(())
+        });
+        if let Err(error) = killed.await {
+            tracing::warn!(error = error.chain(), "could not kill a machine");
+        }
+    }
+
+    async fn release(&self) {
+        let ledger = self
+            .ledger
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(ledger) = ledger else { return };
+        let undone = blocking("giving back what it used", move || Ok(ledger.undo()?));
+        if let Err(error) = undone.await {
+            tracing::error!(error = error.chain(), "something is left behind");
+        }
+    }
+
+    fn last_words(&self) -> String {
+        self.log.last_words()
+    }
+}
+
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    agent::dial(socket, protocol::AGENT_VSOCK_PORT).await
+}
+
+/// Runs `work`, which blocks, beside the event loop.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(machine_error(what, error)))
+}
+
+fn machine_error(
+    what: &'static str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> Error {
+    Error::Machine {
+        what,
+        source: Box::new(source),
+    }
+}
+
+/// Passes on what matters to the sandbox, and logs the rest.
+fn report(sender: &UnboundedSender<Event>, event: VmEvent) {
+    let event = match event {
+        VmEvent::PortOpened { port } => Event::PortOpened(port),
+        VmEvent::PortClosed { port } => Event::PortClosed(port),
+        VmEvent::Ended(exit) => Event::Ended {
+            killed: matches!(exit, VmExit::Killed { .. }),
+            reason: exit.to_string(),
+        },
+        VmEvent::InputEnded { .. } => return,
+        VmEvent::DeviceFault { device, reason } => {
+            tracing::warn!(
+                device,
+                reason,
+                "the guest broke a device's rules; the device stopped"
+            );
+            return;
+        }
+        VmEvent::Log {
+            level,
+            target,
+            text,
+        } => {
+            match level {
+                LogLevel::Error => tracing::error!(target, "vmm: {text}"),
+                LogLevel::Warn => tracing::warn!(target, "vmm: {text}"),
+                LogLevel::Info => tracing::info!(target, "vmm: {text}"),
+                LogLevel::Debug => tracing::debug!(target, "vmm: {text}"),
+                LogLevel::Trace => tracing::trace!(target, "vmm: {text}"),
+            }
+            return;
+        }
+    };
+    // Nobody listens any more when the sandbox is gone.
+    let _ = sender.send(event);
+}
+
+fn log_level(level: Level) -> LogLevel {
+    match level {
+        Level::Off | Level::Error => LogLevel::Error,
+        Level::Warn => LogLevel::Warn,
+        Level::Info => LogLevel::Info,
+        Level::Debug => LogLevel::Debug,
+        Level::Trace => LogLevel::Trace,
+    }
+}
