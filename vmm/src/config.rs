@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::devices::virtio::FaultObserver;
+use crate::devices::virtio::console::ConsoleConfig;
+use crate::devices::virtio::vsock::VsockConfig;
 use crate::error::Error;
 
 /// A VM to build. Files are open already: the VMM opens nothing by name but the hypervisor.
@@ -26,6 +28,14 @@ pub struct VmConfig {
     pub serial: Option<OwnedFd>,
     /// Block devices, `/dev/vda` first.
     pub disks: Vec<DiskConfig>,
+    /// A console whose ports are the guest's streams.
+    pub console: Option<ConsoleConfig>,
+    /// A socket into the guest.
+    pub vsock: Option<VsockConfig>,
+    /// Whether the guest can give memory back.
+    pub balloon: bool,
+    /// Whether the guest is given entropy.
+    pub rng: bool,
     /// Hears of each device that faults, by id and reason.
     pub on_device_fault: Option<Arc<FaultObserver>>,
 }
@@ -52,6 +62,10 @@ impl VmConfig {
             cmdline: String::new(),
             serial: None,
             disks: Vec::new(),
+            console: None,
+            vsock: None,
+            balloon: false,
+            rng: false,
             on_device_fault: None,
         }
     }
@@ -75,6 +89,10 @@ impl fmt::Debug for VmConfig {
             .field("memory", &self.memory)
             .field("cmdline", &self.cmdline)
             .field("disks", &self.disks)
+            .field("console", &self.console)
+            .field("vsock", &self.vsock)
+            .field("balloon", &self.balloon)
+            .field("rng", &self.rng)
             .finish_non_exhaustive()
     }
 }

@@ -67,7 +67,7 @@ pub enum Error {
         /// Its id.
         device: String,
         /// What failed.
-        source: io::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Two devices claim the same addresses.
     #[error(transparent)]

@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::config::VmConfig;
+use crate::devices::virtio::{balloon, console};
 use crate::error::Error;
 use crate::exit::Exit;
 use crate::hypervisor::{Host, Hypervisor};
@@ -49,6 +50,16 @@ impl Vm {
 }
 
 impl RunningVm {
+    /// The console's ports, if it has a console.
+    pub fn console(&self) -> Option<console::Handle> {
+        self.running.handles.console.clone()
+    }
+
+    /// The balloon, if it has one.
+    pub fn balloon(&self) -> Option<balloon::Handle> {
+        self.running.handles.balloon.clone()
+    }
+
     /// Waits until the VM has ended: all vCPUs and devices have stopped.
     pub fn wait(&self) -> Exit {
         self.running.wait()

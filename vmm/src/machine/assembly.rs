@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::devices::{DeviceSet, Devices};
+use super::devices::{DeviceSet, Devices, Handles};
 use super::run::{self, Running};
 use crate::arch::current::{self, BootSource, KernelImage, MIN_MEMORY, Platform, layout};
 use crate::arch::VcpuSetup;
@@ -26,6 +26,7 @@ pub(super) struct Assembly<B: VmBackend> {
     setups: Vec<VcpuSetup>,
     buses: Arc<Buses>,
     devices: Devices,
+    handles: Handles,
     backend: B,
     memory: GuestMemory,
 }
@@ -60,7 +61,7 @@ impl<B: VmBackend> Assembly<B> {
         }
 
         let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
-        set.add_configured(&mut config)?;
+        let handles = set.add_configured(&mut config)?;
         let mut buses = Buses::default();
         let com1 = add_pc_devices(&backend, &mut buses.pio, config.serial.take())?;
         let virtio_devices = set.len();
@@ -83,7 +84,7 @@ impl<B: VmBackend> Assembly<B> {
         let setups = (0..config.vcpus)
             .map(|index| current::vcpu_setup(&caps.cpu, index, config.vcpus, entry))
             .collect();
-        Ok(Self { seeds, setups, buses: Arc::new(buses), devices, backend, memory })
+        Ok(Self { seeds, setups, buses: Arc::new(buses), devices, handles, backend, memory })
     }
 
     pub(super) fn start(self) -> Result<Running, Error> {
@@ -91,6 +92,7 @@ impl<B: VmBackend> Assembly<B> {
             vcpus: self.seeds.into_iter().zip(self.setups).collect(),
             buses: self.buses,
             devices: self.devices,
+            handles: self.handles,
             keep: Box::new((self.backend, self.memory)),
         })
     }

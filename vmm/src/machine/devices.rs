@@ -4,10 +4,15 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::assembly::notify_address;
-use crate::arch::current::layout;
+use crate::arch::current::{MIN_MEMORY, layout};
 use crate::config::VmConfig;
 use crate::devices::bus::Bus;
+use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
+use crate::devices::virtio::block::{Block, BlockConfig, FileBackend};
+use crate::devices::virtio::console::{self, Console};
+use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport};
+use crate::devices::virtio::vsock::Vsock;
 use crate::devices::virtio::{FaultObserver, VirtioDevice};
 use crate::error::Error;
 use crate::hypervisor::{Binding, IrqLine, VmBackend};
@@ -35,18 +40,54 @@ impl DeviceSet {
         Ok(Self { memory, observer, shared, own: Vec::new(), devices: Vec::new() })
     }
 
-    /// Makes what the configuration asks for.
-    pub(super) fn add_configured(&mut self, _config: &mut VmConfig) -> Result<(), Error> {
-        Ok(())
+    /// Makes what the configuration asks for. Disks come last: beyond the pins of the interrupt
+    /// controller it is they that share.
+    pub(super) fn add_configured(&mut self, config: &mut VmConfig) -> Result<Handles, Error> {
+        let mut handles = Handles::default();
+        if let Some(console) = config.console.take() {
+            let console = Console::new(console).map_err(refused("console0"))?;
+            handles.console = Some(console.handle());
+            self.add(Box::new(console));
+        }
+        if let Some(vsock) = config.vsock.take() {
+            self.add(Box::new(Vsock::new(vsock).map_err(refused("vsock0"))?));
+        }
+        if config.balloon {
+            let balloon = Balloon::new(BalloonConfig {
+                limit: balloon_limit(config.memory),
+                deflate_on_oom: true,
+                page_reporting: true,
+                stats: true,
+            });
+            let balloon = balloon.map_err(refused("balloon0"))?;
+            handles.balloon = Some(balloon.handle());
+            self.add(Box::new(balloon));
+        }
+        if config.rng {
+            self.add(Box::new(Rng::of_host()));
+        }
+        for (index, disk) in config.disks.drain(..).enumerate() {
+            let id = format!("block{index}");
+            let backend =
+                FileBackend::open(disk.file, disk.read_only).map_err(refused(&id))?;
+            let block = Block::new(BlockConfig {
+                id: id.clone(),
+                backend: Box::new(backend),
+                read_only: disk.read_only,
+                serial: disk.serial,
+            });
+            self.add_blocking(Box::new(block.map_err(refused(&id))?))?;
+        }
+        Ok(handles)
     }
 
     /// Adds a device that never blocks.
-    pub(super) fn add(&mut self, device: Box<dyn VirtioDevice>) {
+    fn add(&mut self, device: Box<dyn VirtioDevice>) {
         self.devices.push((device, self.shared.handle()));
     }
 
     /// Adds a device whose backend may block: it gets a thread of its own.
-    pub(super) fn add_blocking(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
+    fn add_blocking(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
         let own = reactor(device.id())?;
         self.devices.push((device, own.handle()));
         self.own.push(own);
@@ -78,7 +119,7 @@ impl DeviceSet {
                 observer: Arc::clone(&self.observer),
             };
             let transport = MmioTransport::new(device, parts)
-                .map_err(|source| Error::Device { device: id, source })?;
+                .map_err(refused(&id))?;
             for (index, doorbell) in (0..).zip(transport.doorbells()) {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
@@ -91,6 +132,27 @@ impl DeviceSet {
         }
         Ok(Devices { transports, _reactors: (self.shared, self.own) })
     }
+}
+
+/// How the host speaks to devices while they run.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Handles {
+    pub(super) console: Option<console::Handle>,
+    pub(super) balloon: Option<balloon::Handle>,
+}
+
+/// What a balloon may take: a guest keeps an eighth of its memory, and what a kernel needs.
+fn balloon_limit(memory: u64) -> u64 {
+    memory.saturating_sub((memory / 8).max(MIN_MEMORY))
+}
+
+/// Names the device that could not be made.
+fn refused<E>(device: &str) -> impl Fn(E) -> Error
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let device = device.to_owned();
+    move |error| Error::Device { device: device.clone(), source: Box::new(error) }
 }
 
 fn reactor(name: &str) -> Result<Reactor, Error> {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::devices::Devices;
+use super::devices::{Devices, Handles};
 use crate::arch::VcpuSetup;
 use crate::error::Error;
 use crate::exit::Exit;
@@ -22,6 +22,7 @@ pub(super) struct Parts<S> {
     pub(super) vcpus: Vec<(S, VcpuSetup)>,
     pub(super) buses: Arc<Buses>,
     pub(super) devices: Devices,
+    pub(super) handles: Handles,
     /// What must outlive the vCPUs: the VM and its memory.
     pub(super) keep: Box<dyn Any + Send + Sync>,
 }
@@ -30,6 +31,7 @@ pub(super) struct Parts<S> {
 pub(super) struct Running {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) handles: Handles,
     _keep: Box<dyn Any + Send + Sync>,
 }
 
@@ -104,7 +106,12 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
             Err(mpsc::RecvError) => break,
         }
     }
-    let running = Running { shared, threads: Mutex::new(threads), _keep: parts.keep };
+    let running = Running {
+        shared,
+        threads: Mutex::new(threads),
+        handles: parts.handles,
+        _keep: parts.keep,
+    };
     match failed {
         // Dropping the senders and `running` ends the threads.
         Some(error) => Err(error),
