@@ -1,0 +1,291 @@
+//! Containers and their processes.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use oci_spec::runtime::{Process as OciProcess, Spec};
+use supermachine_protocol::{CreateContainerRequest, ExecProcessRequest};
+use tokio::sync::oneshot;
+
+use crate::bundle::{self, Bundle};
+use crate::cgroup::Cgroup;
+use crate::engine::run::{Made, Making, Order};
+use crate::error::Error;
+use crate::events::Events;
+use crate::oom;
+use crate::platform::Platform;
+use crate::process::{Phase, Process, check_signal};
+use crate::pump::Pump;
+use crate::reaper::{ExitStatus, Reaper};
+use crate::rootfs::Layers;
+use crate::stdio::Ports;
+use crate::sys::lock;
+
+/// Everything that containers are made with.
+pub(crate) struct Workshop {
+    pub(crate) platform: Box<dyn Platform>,
+    pub(crate) reaper: Arc<Reaper>,
+    pub(crate) pump: Pump,
+    pub(crate) events: Arc<Events>,
+    pub(crate) layers: Layers,
+    /// One directory per container, with its config and root file system.
+    pub(crate) containers: PathBuf,
+    /// libcontainer's own state.
+    pub(crate) state: PathBuf,
+}
+
+/// A container that was created and not yet deleted.
+pub(crate) struct Container {
+    id: String,
+    cgroup: Cgroup,
+    oom: Arc<oom::Watch>,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Exec>>,
+    bundle: Bundle,
+    workshop: Arc<Workshop>,
+}
+
+enum Exec {
+    /// Its name is taken.
+    Making,
+    Made(Arc<Process>),
+}
+
+impl Container {
+    /// Creates a container; its init process waits for [`Container::start`].
+    pub(crate) async fn create(
+        workshop: Arc<Workshop>,
+        request: CreateContainerRequest,
+    ) -> Result<Arc<Self>, Error> {
+        let id = request.container_id.as_str();
+        let mut spec: Spec = serde_json::from_slice(&request.spec_json)
+            .map_err(|error| Error::invalid("spec_json", error.to_string()))?;
+        let stdio = request.stdio.clone().unwrap_or_default();
+        let process = spec
+            .process()
+            .as_ref()
+            .ok_or_else(|| Error::invalid("spec_json", "it has no process"))?;
+        let owner = bundle::check_process(process, &stdio)?;
+
+        let mut bundle = Bundle::make(workshop.clone(), id)?;
+        bundle.assemble(&request.rootfs).await?;
+        bundle.write_config(&mut spec)?;
+
+        let ports = Ports::open(&*workshop.platform, &stdio).await?;
+        let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
+        let console = terminal.is_some().then(|| bundle.path().join("console"));
+        let order = Order {
+            container_id: id,
+            state: &workshop.state,
+            bundle: bundle.path(),
+            process: None,
+            console: console.as_deref(),
+        };
+        let mut making = Making::start(&order, ends, &workshop.reaper)?;
+        let console = making.console.take();
+        let Made { pid, exit, waiting } = making.made(&workshop.reaper).await?;
+        if let (Some(ports), Some(console)) = (terminal, console) {
+            streams.attach_terminal(&workshop.pump, ports, console.terminal().await?, owner)?;
+        }
+        let cgroup = Cgroup::of(id);
+        let container = Arc::new(Self {
+            id: id.to_owned(),
+            bundle,
+            oom: oom::Watch::start(id, cgroup.clone(), workshop.events.clone()),
+            cgroup,
+            init: Arc::new(Process::new(pid, streams, Some(waiting))),
+            execs: Mutex::default(),
+            workshop,
+        });
+        tokio::spawn(
+            container
+                .clone()
+                .follow(container.init.clone(), String::new(), exit),
+        );
+        Ok(container)
+    }
+
+    /// Lets the init process run its program.
+    pub(crate) async fn start(&self) -> Result<(), Error> {
+        let waiting = self.init.take_waiting()?;
+        let engine = |error: libcontainer::error::LibcontainerError| Error::Engine {
+            action: "start the container",
+            reason: error.to_string(),
+        };
+        let directory = self.workshop.state.join(&self.id);
+        let mut container = libcontainer::container::Container::load(directory).map_err(engine)?;
+        container.start().map_err(engine)?;
+        waiting.run().await?;
+        self.init.set_running();
+        Ok(())
+    }
+
+    /// Creates and starts a further process.
+    pub(crate) async fn exec(
+        self: Arc<Self>,
+        request: ExecProcessRequest,
+    ) -> Result<Arc<Process>, Error> {
+        let exec_id = request.exec_id.as_str();
+        if self.init.phase() != Phase::Running {
+            let reason = format!("Container {:?} is not running", self.id);
+            return Err(Error::State(reason));
+        }
+        let process: OciProcess = serde_json::from_slice(&request.process_json)
+            .map_err(|error| Error::invalid("process_json", error.to_string()))?;
+        let stdio = request.stdio.clone().unwrap_or_default();
+        let owner = bundle::check_process(&process, &stdio)?;
+        let name = Reserved::exec(&self, exec_id)?;
+
+        let file = self.bundle.path().join(format!("exec-{exec_id}.json"));
+        bundle::write_json(&file, &process)?;
+        let workshop = &self.workshop;
+        let ports = Ports::open(&*workshop.platform, &stdio).await?;
+        let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
+        let console = terminal
+            .is_some()
+            .then(|| self.bundle.path().join(format!("console-{exec_id}")));
+        let order = Order {
+            container_id: &self.id,
+            state: &workshop.state,
+            bundle: self.bundle.path(),
+            process: Some(&file),
+            console: console.as_deref(),
+        };
+        let mut making = Making::start(&order, ends, &workshop.reaper)?;
+        if let (Some(ports), Some(console)) = (terminal, making.console.take())
+            && making.ready().await
+        {
+            let master = console.terminal().await?;
+            streams.attach_terminal(&workshop.pump, ports, master, owner)?;
+        }
+        making.go().await;
+        let made = making.made(&workshop.reaper).await;
+        for leftover in [Some(&file), console.as_ref()].into_iter().flatten() {
+            let _ = fs::remove_file(leftover);
+        }
+        let Made { pid, exit, .. } = made?;
+        let process = Arc::new(Process::new(pid, streams, None));
+        process.set_running();
+        name.keep(process.clone());
+        tokio::spawn(
+            self.clone()
+                .follow(process.clone(), exec_id.to_owned(), exit),
+        );
+        Ok(process)
+    }
+
+    /// Waits for a process's end, tells the host, and finishes its streams.
+    async fn follow(
+        self: Arc<Self>,
+        process: Arc<Process>,
+        exec_id: String,
+        exit: oneshot::Receiver<ExitStatus>,
+    ) {
+        // The reaper never forgets whom it watches.
+        let Ok(status) = exit.await else { return };
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        self.oom.check(&self.workshop.events);
+        process.set_exited();
+        let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+        self.workshop.events.exit(&self.id, &exec_id, status, now);
+        process.drain().await;
+    }
+
+    /// The process `exec_id`, or the init process if that is empty.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        match lock(&self.execs).get(exec_id) {
+            Some(Exec::Made(process)) => Ok(process.clone()),
+            Some(Exec::Making) => Err(Error::State(format!(
+                "Process {exec_id:?} is still being created"
+            ))),
+            None => Err(Error::not_found("process", exec_id)),
+        }
+    }
+
+    /// Sends a signal to every process of the container.
+    pub(crate) fn signal_all(&self, signal: u32) -> Result<(), Error> {
+        self.cgroup.signal(check_signal(signal)?);
+        Ok(())
+    }
+
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        self.cgroup.pids()
+    }
+
+    /// Forgets an exec'd process that has exited.
+    pub(crate) fn delete_process(&self, exec_id: &str) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        if process.phase() < Phase::Exited {
+            return Err(Error::State(format!(
+                "Process {exec_id:?} is still running"
+            )));
+        }
+        lock(&self.execs).remove(exec_id);
+        process.forget();
+        Ok(())
+    }
+
+    /// Whether the init process has exited.
+    pub(crate) fn has_exited(&self) -> bool {
+        self.init.phase() >= Phase::Exited
+    }
+
+    /// Removes all that is left of a container. Kills what still runs.
+    pub(crate) async fn delete(&self) -> Result<(), Error> {
+        self.cgroup.remove().await?;
+        self.init.exited().await;
+        let execs = std::mem::take(&mut *lock(&self.execs));
+        for process in execs.into_values() {
+            if let Exec::Made(process) = process {
+                process.exited().await;
+                process.forget();
+            }
+        }
+        self.init.forget();
+        self.bundle.remove().await;
+        Ok(())
+    }
+}
+
+/// The name of an exec'd process, taken until it exists or cannot be made.
+struct Reserved<'a> {
+    container: &'a Container,
+    exec_id: &'a str,
+}
+
+impl<'a> Reserved<'a> {
+    fn exec(container: &'a Container, exec_id: &'a str) -> Result<Self, Error> {
+        bundle::check_id("exec_id", exec_id)?;
+        let mut execs = lock(&container.execs);
+        if execs.contains_key(exec_id) {
+            return Err(Error::Exists {
+                kind: "process",
+                name: exec_id.to_owned(),
+            });
+        }
+        execs.insert(exec_id.to_owned(), Exec::Making);
+        drop(execs);
+        Ok(Self { container, exec_id })
+    }
+
+    fn keep(&self, process: Arc<Process>) {
+        lock(&self.container.execs).insert(self.exec_id.to_owned(), Exec::Made(process));
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut execs = lock(&self.container.execs);
+        if matches!(execs.get(self.exec_id), Some(Exec::Making)) {
+            execs.remove(self.exec_id);
+        }
+    }
+}

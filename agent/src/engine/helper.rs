@@ -1,0 +1,148 @@
+//! The re-executed half: makes one container or one exec'd process, reports it, and is gone.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::{env, fs};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use serde_json::{Value, json};
+
+use super::executor::Program;
+use super::message;
+use crate::sys;
+
+/// `argv[0]` of a helper.
+pub(crate) const NAME: &str = "supermachine-container";
+
+/// What a helper is asked to make; passed as one JSON argument.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) container_id: String,
+    /// Directory of libcontainer's own state.
+    pub(crate) state: PathBuf,
+    /// Directory with config.json.
+    pub(crate) bundle: PathBuf,
+    /// For an exec: file with the OCI process.
+    pub(crate) process: Option<PathBuf>,
+    /// Listening socket that takes the pty's master.
+    pub(crate) console: Option<PathBuf>,
+    /// Numbers of the inherited sockets.
+    pub(crate) helper: i32,
+    pub(crate) program: i32,
+}
+
+impl Job {
+    pub(crate) fn to_argument(&self) -> String {
+        json!([
+            self.container_id,
+            self.state,
+            self.bundle,
+            self.process,
+            self.console,
+            self.helper,
+            self.program
+        ])
+        .to_string()
+    }
+
+    fn from_argument(text: &str) -> Option<Self> {
+        type Fields = (
+            String,
+            PathBuf,
+            PathBuf,
+            Option<PathBuf>,
+            Option<PathBuf>,
+            i32,
+            i32,
+        );
+        let value: Value = serde_json::from_str(text).ok()?;
+        let (container_id, state, bundle, process, console, helper, program): Fields =
+            serde_json::from_value(value).ok()?;
+        Some(Self {
+            container_id,
+            state,
+            bundle,
+            process,
+            console,
+            helper,
+            program,
+        })
+    }
+}
+
+/// Runs a helper if this process was started as one: `Some` is its exit code.
+///
+/// Must be called before any thread exists.
+pub fn main() -> Option<ExitCode> {
+    let mut args = env::args();
+    if args.next()? != NAME {
+        return None;
+    }
+    let job = args.next().and_then(|text| Job::from_argument(&text));
+    let sockets = job.as_ref().map(|job| {
+        (
+            sys::inherited_socket(job.helper),
+            sys::inherited_socket(job.program),
+        )
+    });
+    let (Some(job), Some((Ok(mut agent), Ok(program)))) = (job, sockets) else {
+        return Some(ExitCode::from(2));
+    };
+    let answer = match make(&job, program) {
+        Ok(pid) => format!("{}{pid}", char::from(message::PID)),
+        Err(error) => format!("{}{}", char::from(message::ERROR), chain(&*error)),
+    };
+    Some(report(&mut agent, &answer))
+}
+
+/// Says what was made and waits for the agent to have heard.
+fn report(agent: &mut UnixStream, answer: &str) -> ExitCode {
+    let said = agent
+        .write_all(answer.as_bytes())
+        .and_then(|()| agent.shutdown(std::net::Shutdown::Write));
+    match said.and_then(|()| agent.read(&mut [0])) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn make(job: &Job, program: UnixStream) -> Result<i32, Box<dyn std::error::Error>> {
+    // The agent's own protection is not for its containers; a config that asks for a value gets it.
+    fs::write("/proc/self/oom_score_adj", "0")?;
+    let builder = ContainerBuilder::new(job.container_id.clone(), SyscallType::default())
+        .with_executor(Program::new(program))
+        .with_root_path(&job.state)?
+        .with_console_socket(job.console.as_deref());
+    let pid = match &job.process {
+        None => {
+            let container = builder.as_init(&job.bundle).with_systemd(false).build()?;
+            container
+                .pid()
+                .ok_or("The engine has made a container without a process")?
+        }
+        Some(process) => builder
+            .as_tenant()
+            .with_detach(true)
+            .with_process(Some(Path::new(process)))
+            .build()?,
+    };
+    Ok(pid.as_raw())
+}
+
+/// An error with all its causes, none of them twice.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,102 @@
+//! The agent: PID 1 of a supermachine guest.
+//!
+//! It mounts what a Linux system needs, listens on vsock for its host, assembles root file systems
+//! from disks, runs containers in them with libcontainer, and copies their streams to and from
+//! console ports. Everything happens on one thread, between system calls that don't wait; only
+//! unmounting gets a thread of its own, and each process is made by a re-executed helper.
+//!
+//! [`boot::main`] is the guest's `/init`. [`serve`] is the part below it, which runs on any Linux
+//! with cgroup v2 and is how the agent is tested without a machine.
+
+#![deny(unsafe_code)]
+
+mod bundle;
+mod cgroup;
+mod container;
+mod engine;
+mod error;
+mod events;
+mod identity;
+mod log;
+mod oom;
+mod platform;
+mod process;
+mod pump;
+mod reaper;
+mod rootfs;
+mod server;
+mod stdio;
+mod sys;
+mod uevent;
+
+pub mod boot;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use supermachine_protocol::{create_agent, ttrpc};
+
+pub use engine::helper::main as helper_main;
+pub use error::Error;
+pub use platform::{Disk, Platform, Port};
+
+use container::Workshop;
+use identity::About;
+
+/// Serves the agent's calls at `address` ("vsock://…" or "unix://…") until the server is dropped.
+///
+/// `directory` holds everything the agent keeps: it must exist and be private to it.
+///
+/// # Errors
+///
+/// The directories cannot be made or the address cannot be listened at.
+pub async fn serve(
+    address: &str,
+    platform: Box<dyn Platform>,
+    directory: &Path,
+) -> Result<ttrpc::r#async::Server, Error> {
+    let now = identity::uptime();
+    let about = About {
+        init: now,
+        listening: now,
+    };
+    start(address, workshop(platform, directory)?, about, None).await
+}
+
+fn workshop(platform: Box<dyn Platform>, directory: &Path) -> Result<Arc<Workshop>, Error> {
+    let make = |name| {
+        let path = directory.join(name);
+        fs::create_dir_all(&path)
+            .map(|()| path.clone())
+            .map_err(Error::file("create", path))
+    };
+    Ok(Arc::new(Workshop {
+        platform,
+        reaper: reaper::Reaper::start().map_err(Error::system("watch children"))?,
+        pump: pump::Pump::start().map_err(Error::system("start copying"))?,
+        events: Arc::default(),
+        layers: rootfs::Layers::new(make("layers")?),
+        containers: make("containers")?,
+        state: make("state")?,
+    }))
+}
+
+async fn start(
+    address: &str,
+    workshop: Arc<Workshop>,
+    about: About,
+    power_off: Option<fn()>,
+) -> Result<ttrpc::r#async::Server, Error> {
+    let calls = server::Calls(Arc::new(server::Service::new(workshop, about, power_off)));
+    let failed = |error: ttrpc::Error| Error::System {
+        action: "listen for the host",
+        source: std::io::Error::other(error),
+    };
+    let mut server = ttrpc::r#async::Server::new()
+        .bind(address)
+        .map_err(failed)?
+        .register_service(create_agent(Arc::new(calls)));
+    server.start().await.map_err(failed)?;
+    Ok(server)
+}
