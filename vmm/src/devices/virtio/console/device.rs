@@ -105,16 +105,9 @@ impl VirtioDevice for Console {
     }
 
     fn reset(&mut self) {
-        if self.running.take().is_none() {
-            return;
+        // Waits for the worker, so that nothing of it comes after this.
+        if self.running.take().is_some() {
+            self.shared.disconnect();
         }
-        let mut table = self.shared.lock();
-        table.serving = None;
-        let events: Vec<_> = (0..)
-            .zip(&mut table.ports)
-            .filter_map(|(number, port)| Some(port.reset()?.of(number)))
-            .collect();
-        drop(table);
-        self.shared.report(events);
     }
 }

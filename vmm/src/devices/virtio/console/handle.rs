@@ -55,6 +55,18 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The driver is gone or its queues can't be used: closes what the guest had open.
+    pub(super) fn disconnect(&self) {
+        let mut table = self.lock();
+        table.serving = None;
+        let events: Vec<_> = (0..)
+            .zip(&mut table.ports)
+            .filter_map(|(number, port)| Some(port.reset()?.of(number)))
+            .collect();
+        drop(table);
+        self.report(events);
+    }
+
     /// Reports events; the table must not be locked.
     pub(super) fn report(&self, events: impl IntoIterator<Item = PortEvent>) {
         for event in events {

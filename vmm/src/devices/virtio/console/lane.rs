@@ -288,6 +288,14 @@ impl Lane {
         }
     }
 
+    /// Has the reactor forget the attachment's descriptors.
+    pub(super) fn unwatch(&mut self, control: &mut Control<'_>) {
+        let (input_token, output_token) = tokens_of(self.number);
+        control.remove(input_token);
+        control.remove(output_token);
+        self.watched = None;
+    }
+
     fn set_interests(&mut self, port: &mut Port, starved: bool, control: &mut Control<'_>) {
         let (input_token, output_token) = tokens_of(self.number);
         let open = port.guest() == Guest::Open;

@@ -102,7 +102,8 @@ pub enum PortEvent {
     Opened(u32),
     /// The guest has closed the port; everything it wrote has been written to the output, or the
     /// output had failed; both ends are closed and the port can be attached again. Also reported,
-    /// without the output's promise, after a [`Handle::detach`] and when the driver resets.
+    /// without the output's promise, after a [`Handle::detach`], when the driver resets and when the
+    /// device fails.
     Closed(u32),
     /// The input has ended, all of it is in the guest's buffers, and the guest was told of the end.
     InputEnded(u32),

@@ -715,6 +715,28 @@ fn a_reset_closes_what_was_open_and_keeps_what_was_not() {
 }
 
 #[test]
+fn a_broken_queue_closes_what_was_open() {
+    let mut linux = Linux::up();
+    let (mut reader, writer) = output();
+    linux.attach(0, None, writer);
+    linux.open(0);
+    linux.write(0, b"all there is");
+    let queue = &mut linux.rig.queues[0];
+    queue.set_avail_index(queue.avail_index().wrapping_add(1000));
+    let queue = &mut linux.rig.queues[1];
+    queue.set_avail_index(queue.avail_index().wrapping_add(1000));
+    queue.ring_bell();
+    linux.rig.run();
+    assert_eq!(linux.rig.faults.count(), 1);
+    assert_eq!(linux.events(), [PortEvent::Opened(0), PortEvent::Closed(0)]);
+    let mut all = Vec::new();
+    reader.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"all there is");
+    // Nobody answers, but nobody is waited for either.
+    linux.handle.attach(0, PortEnds::default()).unwrap();
+}
+
+#[test]
 fn what_is_attached_before_the_driver_is_up_waits_for_it() {
     let mut linux = Linux::bound();
     let (mut reader, writer) = output();

@@ -201,23 +201,21 @@ impl Worker {
             return;
         }
         let mut events = Vec::new();
-        if let Err(fault) = f(self, control, &mut events) {
+        let outcome = f(self, control, &mut events);
+        self.shared.report(events);
+        if let Err(fault) = outcome {
             self.broken = true;
             self.faults.needs_reset(&fault);
-            let queues: Vec<_> = self
-                .queues()
-                .map(|queue| usize::from(queue.index))
-                .collect();
-            let ends = (0..self.lanes.len() as u32).map(tokens_of);
-            for token in queues
-                .into_iter()
-                .chain(ends.flat_map(|(a, b)| [a, b]))
-                .chain([HANDLES])
-            {
-                control.remove(token);
+            for queue in self.queues() {
+                control.remove(usize::from(queue.index));
             }
+            control.remove(HANDLES);
+            for lane in &mut self.lanes {
+                lane.unwatch(control);
+            }
+            // Nobody will take what the host waits for.
+            self.shared.disconnect();
         }
-        self.shared.report(events);
     }
 }
 
