@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
-use oci_spec::runtime::{Linux, Process, Root, Spec};
+use oci_spec::runtime::{Capabilities, Linux, LinuxCapabilities, Process, Root, Spec};
 use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
 use supermachine_protocol::{Rootfs, Stdio};
@@ -67,7 +67,7 @@ impl Bundle {
     }
 
     /// Fits the config to this guest and writes it where the engine looks for it.
-    pub(crate) fn write_config(&self, spec: &mut Spec) -> Result<(), Error> {
+    pub(crate) fn write_config(&self, mut spec: Spec) -> Result<(), Error> {
         let rootfs = lock(&self.rootfs);
         let path = rootfs
             .as_ref()
@@ -83,7 +83,10 @@ impl Bundle {
         let mut linux = spec.linux().clone().unwrap_or_else(Linux::default);
         linux.set_cgroups_path(Some(Cgroup::config_path(&self.id)));
         spec.set_linux(Some(linux));
-        write_json(&self.path.join("config.json"), spec)
+        if let Some(process) = spec.process_mut() {
+            complete_capabilities(process, None);
+        }
+        write_json(&self.path.join("config.json"), &spec)
     }
 
     /// Removes it; waits for file systems to be unmounted, which may take long.
@@ -134,6 +137,35 @@ pub(crate) fn check_process(process: &Process, stdio: &Stdio) -> Result<u32, Err
         return Err(Error::invalid("process", reason));
     }
     Ok(process.user().uid())
+}
+
+/// Fills in the capabilities that a process leaves out: `otherwise`, if it says nothing of them at
+/// all, and none for each set it doesn't mention. libcontainer would leave such a set as the agent
+/// has it; runc empties it.
+pub(crate) fn complete_capabilities(process: &mut Process, otherwise: Option<LinuxCapabilities>) {
+    let mut all = process
+        .capabilities()
+        .clone()
+        .or(otherwise)
+        .unwrap_or_else(|| {
+            let mut none = LinuxCapabilities::default();
+            none.set_bounding(None)
+                .set_effective(None)
+                .set_permitted(None)
+                .set_inheritable(None)
+                .set_ambient(None);
+            none
+        });
+    let complete = |set: &Option<Capabilities>| Some(set.clone().unwrap_or_default());
+    let (bounding, effective) = (complete(all.bounding()), complete(all.effective()));
+    let (permitted, inheritable) = (complete(all.permitted()), complete(all.inheritable()));
+    let ambient = complete(all.ambient());
+    all.set_bounding(bounding)
+        .set_effective(effective)
+        .set_permitted(permitted)
+        .set_inheritable(inheritable)
+        .set_ambient(ambient);
+    process.set_capabilities(Some(all));
 }
 
 /// Checks the name of a container or a process, which becomes part of paths.

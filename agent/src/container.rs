@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use oci_spec::runtime::{Process as OciProcess, Spec};
+use oci_spec::runtime::{LinuxCapabilities, Process as OciProcess, Spec};
 use supermachine_protocol::{CreateContainerRequest, ExecProcessRequest};
 use tokio::sync::oneshot;
 
@@ -43,6 +43,8 @@ pub(crate) struct Container {
     cgroup: Cgroup,
     oom: Arc<oom::Watch>,
     init: Arc<Process>,
+    /// The init process's, for exec'd processes that say nothing of theirs.
+    capabilities: Option<LinuxCapabilities>,
     execs: Mutex<HashMap<String, Exec>>,
     bundle: Bundle,
     workshop: Arc<Workshop>,
@@ -61,7 +63,7 @@ impl Container {
         request: CreateContainerRequest,
     ) -> Result<Arc<Self>, Error> {
         let id = request.container_id.as_str();
-        let mut spec: Spec = serde_json::from_slice(&request.spec_json)
+        let spec: Spec = serde_json::from_slice(&request.spec_json)
             .map_err(|error| Error::invalid("spec_json", error.to_string()))?;
         let stdio = request.stdio.clone().unwrap_or_default();
         let process = spec
@@ -69,10 +71,11 @@ impl Container {
             .as_ref()
             .ok_or_else(|| Error::invalid("spec_json", "it has no process"))?;
         let owner = bundle::check_process(process, &stdio)?;
+        let capabilities = process.capabilities().clone();
 
         let mut bundle = Bundle::make(workshop.clone(), id)?;
         bundle.assemble(&request.rootfs).await?;
-        bundle.write_config(&mut spec)?;
+        bundle.write_config(spec)?;
 
         let ports = Ports::open(&*workshop.platform, &stdio).await?;
         let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
@@ -97,6 +100,7 @@ impl Container {
             oom: oom::Watch::start(id, cgroup.clone(), workshop.events.clone()),
             cgroup,
             init: Arc::new(Process::new(pid, streams, Some(waiting))),
+            capabilities,
             execs: Mutex::default(),
             workshop,
         });
@@ -133,10 +137,11 @@ impl Container {
             let reason = format!("Container {:?} is not running", self.id);
             return Err(Error::State(reason));
         }
-        let process: OciProcess = serde_json::from_slice(&request.process_json)
+        let mut process: OciProcess = serde_json::from_slice(&request.process_json)
             .map_err(|error| Error::invalid("process_json", error.to_string()))?;
         let stdio = request.stdio.clone().unwrap_or_default();
         let owner = bundle::check_process(&process, &stdio)?;
+        bundle::complete_capabilities(&mut process, self.capabilities.clone());
         let name = Reserved::exec(&self, exec_id)?;
 
         let file = self.bundle.path().join(format!("exec-{exec_id}.json"));

@@ -100,7 +100,7 @@ fn ten_megabytes() -> Outcome {
     on_machine(async |machine| {
         let mut ends = machine.run("a", &spec(&["cat"])).await;
         let data: Vec<u8> = (0..10_u32 << 18)
-            .flat_map(|n| (n * 2_654_435_761).to_le_bytes())
+            .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
             .collect();
         assert_eq!(data.len(), 10 << 20);
         let stdin = ends.stdin.take().unwrap();
@@ -492,17 +492,18 @@ fn nothing_is_left() -> Outcome {
         };
         machine.output("a", &spec(&["true"])).await;
         let before = measure();
-        for _ in 0..3 {
-            let mut ends = machine.run("a", &spec(&["sleep", "1000"])).await;
+        for id in ["b", "c", "d"] {
+            let mut ends = machine.run(id, &spec(&["sleep", "1000"])).await;
             ends.close_stdin();
             let mut terminal = process(&["true"]);
             terminal["terminal"] = json!(true);
-            let exec = machine.exec("a", "e", &terminal).await.unwrap();
-            assert_eq!(machine.exit("a", "e").await, 0);
+            let exec = machine.exec(id, "e", &terminal).await.unwrap();
+            assert_eq!(machine.exit(id, "e").await, 0);
             drop(exec);
-            machine.signal("a", "", SIGKILL as u32, true).await.unwrap();
+            machine.signal(id, "", SIGKILL as u32, true).await.unwrap();
             assert!(text(ends.stdout.take()).await.is_empty());
-            machine.delete("a").await.unwrap();
+            assert_eq!(machine.exit(id, "").await, 137);
+            machine.delete(id).await.unwrap();
         }
         assert_eq!(measure(), before);
     })

@@ -211,17 +211,27 @@ pub(crate) struct HostEnds {
 }
 
 /// Runs a test against a fresh machine.
-pub(crate) fn on_machine<F: Future<Output = ()>>(test: impl FnOnce(Machine) -> F) -> Outcome {
-    // Several threads: the client must not depend on how the agent takes turns.
+pub(crate) fn on_machine(test: impl AsyncFnOnce(&Machine)) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
         let machine = Machine::start().await;
-        tokio::time::timeout(DEADLINE, test(machine))
+        tokio::time::timeout(DEADLINE, test(&machine))
             .await
             .expect("the test ends in time");
+        machine
+            .client
+            .shutdown(call(), &protocol::Empty::new())
+            .await
+            .unwrap();
+        let left = fs::read_dir("/sys/fs/cgroup/containers").unwrap().flatten();
+        assert_eq!(
+            left.filter(|entry| entry.path().is_dir()).count(),
+            0,
+            "cgroups are left"
+        );
     });
     Outcome::Passed
 }
