@@ -23,6 +23,8 @@ mod paths;
 mod programs;
 mod step;
 mod test;
+#[cfg(test)]
+mod tidy;
 
 use std::process::ExitCode;
 
