@@ -111,3 +111,10 @@ impl VirtioDevice for Console {
         }
     }
 }
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // Handles may outlive the device: they must not wait for it.
+        self.reset();
+    }
+}

@@ -737,6 +737,25 @@ fn a_broken_queue_closes_what_was_open() {
 }
 
 #[test]
+fn handles_outlive_the_device() {
+    let mut linux = Linux::up();
+    let (mut reader, writer) = output();
+    linux.attach(0, None, writer);
+    linux.open(0);
+    let handle = linux.handle.clone();
+    drop(linux.rig);
+    assert_eq!(
+        *linux.events.lock().unwrap(),
+        [PortEvent::Opened(0), PortEvent::Closed(0)]
+    );
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    thread::spawn(move || handle.attach(0, PortEnds::default()))
+        .join()
+        .unwrap()
+        .unwrap();
+}
+
+#[test]
 fn what_is_attached_before_the_driver_is_up_waits_for_it() {
     let mut linux = Linux::bound();
     let (mut reader, writer) = output();
