@@ -14,6 +14,7 @@ use crate::images::{self, Cache};
 use crate::ledger::{self, Ledger};
 use crate::plan::Plan;
 
+pub(crate) use kernel::digest as kernel_digest;
 pub use limits::HostCgroup;
 
 /// Why what a plan needs can't be had.

@@ -110,11 +110,11 @@ schema! {
     /// What the guest boots.
     kernel: Kernel / WrittenKernel {
         /// The guest kernel: an ELF vmlinux or a bzImage.
-        path: AbsolutePath = path("/usr/lib/supermachine/vmlinux");
+        path: AbsolutePath = path("/usr/local/share/supermachine/vmlinux");
         /// SHA-256 of the kernel file. When it is given, a kernel that differs is refused.
         sha256: Option<Digest> = None;
         /// The initramfs that holds the agent.
-        initramfs: AbsolutePath = path("/usr/lib/supermachine/initramfs.img");
+        initramfs: AbsolutePath = path("/usr/local/share/supermachine/initramfs.cpio");
         /// Words appended to the guest's kernel command line.
         cmdline: String = String::new();
     }

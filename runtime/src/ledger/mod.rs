@@ -112,15 +112,7 @@ impl Ledger {
     /// [`Error::NotFound`], [`Error::InUse`] while its owner lives, or the list can't be read.
     pub fn open(directory: &Path) -> Result<Self, Error> {
         let lock = lock(directory)?;
-        let path = directory.join(LIST);
-        let entries = match std::fs::read(&path) {
-            Ok(text) => {
-                serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })?
-            }
-            // Its owner was killed before the first record.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(source) => return Err(Error::Io { path, source }),
-        };
+        let entries = read(directory)?;
         let directory = directory.to_path_buf();
         Ok(Self {
             directory,
@@ -230,6 +222,22 @@ impl Drop for Ledger {
         {
             tracing::error!(%error, "Cleaning up after a failed start did not succeed");
         }
+    }
+}
+
+/// The entries of a ledger, oldest first, whether its owner lives or not.
+///
+/// # Errors
+/// The list can't be read, or isn't one.
+pub fn read(directory: &Path) -> Result<Vec<Entry>, Error> {
+    let path = directory.join(LIST);
+    match std::fs::read(&path) {
+        Ok(text) => {
+            serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })
+        }
+        // Nothing was recorded yet.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(Error::Io { path, source }),
     }
 }
 
