@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::Line;
+use super::{Line, Status};
 
 const SHIM: &str = "containerd-shim-supermachine-v2";
 /// Where containerd's own plugin for additional binaries puts them.
@@ -54,10 +54,20 @@ pub(super) fn lines(named: Option<PathBuf>) -> Vec<Line> {
             advice,
         )];
     }
-    found
+    let mut lines: Vec<Line> = found
         .iter()
         .flat_map(|containerd| [version_line(containerd), shim_line(containerd)])
-        .collect()
+        .collect();
+    // One containerd that can start containers is enough.
+    if lines
+        .iter()
+        .any(|line| line.name == "shim" && line.status == Status::Ok)
+    {
+        for line in &mut lines {
+            line.status = line.status.min(Status::Warn);
+        }
+    }
+    lines
 }
 
 fn running() -> Vec<Containerd> {

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use super::Line;
 use super::host::chain;
 use crate::acquire::kernel_digest;
-use crate::config::{Resolved, Size};
+use crate::config::Resolved;
 
 /// Free space under which a start is likely to fail, and under which it can't work at all.
 const LITTLE: u64 = 2 << 30;
@@ -150,7 +150,7 @@ pub(super) fn directory(name: &'static str, path: &Path, nameless: bool) -> Line
         Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
         Err(error) => return Line::fail(name, format!("{shown}: {error}"), advice),
     };
-    let found = format!("{shown}, {} free", Size(free >> 20 << 20));
+    let found = format!("{shown}, {:.1} GiB free", free as f64 / f64::from(1 << 30));
     match free {
         _ if !nameless => Line::ok(name, found),
         ..TOO_LITTLE => Line::fail(name, found, "free some space"),

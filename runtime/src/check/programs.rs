@@ -4,8 +4,7 @@ use super::Line;
 use crate::images::{MKFS_EROFS, MKFS_EXT4, Tool};
 
 pub(super) fn lines() -> Vec<Line> {
-    // erofs-utils 1.5 knows no option to ask for its version, but any it doesn't know makes it
-    // print its usage.
+    // erofs-utils 1.5 has no such option, but says its version before it complains.
     vec![
         line(&MKFS_EROFS, "-V", erofs_version),
         line(&MKFS_EXT4, "-V", ext4_version),
@@ -26,7 +25,7 @@ fn line(tool: &Tool, ask: &str, version: fn(&str) -> String) -> Line {
     }
 }
 
-/// From `mkfs.erofs (erofs-utils) 1.8.6` (since 1.6), or a usage without one.
+/// From `mkfs.erofs (erofs-utils) 1.8.6`, or `mkfs.erofs 1.5` and a usage.
 pub(super) fn erofs_version(text: &str) -> String {
     let first = text.lines().next().unwrap_or_default();
     match first
@@ -34,7 +33,7 @@ pub(super) fn erofs_version(text: &str) -> String {
         .and_then(|rest| rest.split_whitespace().last())
     {
         Some(version) if version.starts_with(|c: char| c.is_ascii_digit()) => version.to_owned(),
-        _ => "older than 1.6".to_owned(),
+        _ => "of unknown version".to_owned(),
     }
 }
 
