@@ -12,9 +12,13 @@ use std::time::{Duration, Instant};
 use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
 use super::spec::{BootSpec, Files, SpawnConfig};
 use super::supervisor::{Shared, supervise};
+use crate::devices::virtio::console::ATTACH_LIMIT;
 
-/// What everything but a boot may take. The child answers from memory.
+/// What a request may take that the child answers by itself.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What attaching a port may take: the child gives up on the guest's driver before.
+const ATTACH_TIMEOUT: Duration = ATTACH_LIMIT.saturating_add(REQUEST_TIMEOUT);
 
 /// A VM's process did not start, or did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +143,7 @@ impl VmHandle {
     }
 
     /// Opens a console port to the guest: `input` is what the guest reads, `output` takes what it
-    /// writes.
+    /// writes. Returns when the guest's driver knows, which it may take seconds to.
     pub fn attach_port(
         &self,
         port: u32,
@@ -153,7 +157,7 @@ impl VmHandle {
             output: output.as_ref().map(|file| files.add(file)),
         };
         self.shared
-            .done("attach port", body, &files.0, REQUEST_TIMEOUT)
+            .done("attach port", body, &files.0, ATTACH_TIMEOUT)
     }
 
     /// Closes the host's side of a console port.

@@ -247,7 +247,7 @@ impl LogLevel {
     }
 }
 
-/// How a VM ended.
+/// How a VM ended, as its parent sees it: what [`crate::Exit`] says, or that nothing was said.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum Exit {
@@ -271,6 +271,18 @@ pub enum Exit {
         /// Its exit status.
         status: i32,
     },
+}
+
+impl From<crate::Exit> for Exit {
+    fn from(exit: crate::Exit) -> Self {
+        match exit {
+            crate::Exit::PowerOff => Self::PowerOff,
+            crate::Exit::Reset => Self::Reset,
+            crate::Exit::TripleFault => Self::TripleFault,
+            crate::Exit::Stopped => Self::Stopped,
+            crate::Exit::Fault(reason) => Self::Fault(reason),
+        }
+    }
 }
 
 impl fmt::Display for Exit {

@@ -7,6 +7,7 @@
 
 mod client;
 mod frame;
+mod guest;
 mod log;
 mod message;
 mod outbox;

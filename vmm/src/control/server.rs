@@ -1,5 +1,6 @@
 //! The child's side: makes the VM it is asked for and speaks for it.
 
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic;
@@ -9,20 +10,17 @@ use std::thread;
 
 use super::describe;
 use super::frame::{self, FROM_CHILD, FROM_PARENT};
+use super::guest::{Done, Guest, Work};
 use super::log::ControlLog;
-use super::message::{
-    Answer, Body, ErrorKind, ErrorMessage, Event, Exit, FileIndex, LogLevel, Request, ToParent,
-    VERSION,
-};
+use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
 use super::outbox::Outbox;
 
-type Result<T> = std::result::Result<T, ErrorMessage>;
-
-/// Serves the parent until it or the VM ends, and with it the process.
+/// Serves the parent until it or the VM ends, and with it the process. Returns only when it can't
+/// start: then a thread or a descriptor was refused.
 pub(crate) fn serve(socket: UnixStream, level: LogLevel) -> ExitCode {
     match start(socket, level) {
-        Ok(code) => code,
-        // A thread or a descriptor was refused; the parent finds the process ended.
+        Ok(never) => match never {},
+        // The parent finds the process ended.
         Err(_) => ExitCode::FAILURE,
     }
 }
@@ -35,26 +33,59 @@ pub(crate) fn give_up(socket: &UnixStream, error: &dyn std::error::Error) -> Exi
     ExitCode::FAILURE
 }
 
-fn start(socket: UnixStream, level: LogLevel) -> std::io::Result<ExitCode> {
+fn start(socket: UnixStream, level: LogLevel) -> std::io::Result<Infallible> {
     let outbox = Outbox::start(socket.try_clone()?)?;
     report_panics(outbox.clone());
     report_log(outbox.clone(), level);
     outbox.send(ToParent::Hello { version: VERSION });
 
-    let (requests, inbox) = mpsc::channel();
-    let speaker = outbox.clone();
+    let (news, inbox) = mpsc::channel();
+    let (speaker, requests) = (outbox.clone(), news.clone());
     thread::Builder::new()
         .name("control-read".to_owned())
         .spawn(move || read(&socket, &speaker, &requests))?;
 
-    let server = Server {
-        outbox: outbox.clone(),
-    };
-    for (Request { id, body }, files) in inbox {
-        let result = server.handle(body, Files::new(files));
-        outbox.send(ToParent::Reply { id, result });
+    let slow = answer_slowly(outbox.clone())?;
+    let mut guest = Guest::new(outbox.clone(), news);
+    for news in inbox {
+        match news {
+            News::Request(Request { id, body }, files) => match guest.handle(body, files) {
+                Done::Now(result) => outbox.send(ToParent::Reply { id, result }),
+                Done::Later(work) => {
+                    // The thread is there as long as this one.
+                    let _ = slow.send((id, work));
+                }
+            },
+            News::Ended(exit) => {
+                // With the VM goes what its devices still hold back, such as half a line of log.
+                drop(guest);
+                outbox.last(exit);
+                break;
+            }
+        }
     }
-    Ok(ExitCode::SUCCESS)
+    // The other threads wait for what will not come.
+    process::exit(0)
+}
+
+/// What the serving thread waits for.
+pub(super) enum News {
+    Request(Request, Vec<OwnedFd>),
+    Ended(Exit),
+}
+
+/// Answers what waits for the guest's drivers, in order, while other requests go on.
+fn answer_slowly(outbox: Outbox) -> std::io::Result<Sender<(u64, Work)>> {
+    let (sender, work) = mpsc::channel::<(u64, Work)>();
+    thread::Builder::new()
+        .name("control-slow".to_owned())
+        .spawn(move || {
+            for (id, work) in work {
+                let result = work();
+                outbox.send(ToParent::Reply { id, result });
+            }
+        })?;
+    Ok(sender)
 }
 
 /// A panic anywhere is the VM's end, and is reported as that. A hook sees it even where the
@@ -74,11 +105,11 @@ fn report_log(outbox: Outbox, level: LogLevel) {
 
 /// Reads requests. It has a thread of its own so that the parent's end is noticed at once, also
 /// while a request is at work.
-fn read(socket: &UnixStream, outbox: &Outbox, requests: &Sender<(Request, Vec<OwnedFd>)>) {
+fn read(socket: &UnixStream, outbox: &Outbox, news: &Sender<News>) {
     loop {
         match frame::receive(socket, FROM_PARENT) {
-            Ok(Some(request)) => {
-                if requests.send(request).is_err() {
+            Ok(Some((request, files))) => {
+                if news.send(News::Request(request, files)).is_err() {
                     return;
                 }
             }
@@ -88,55 +119,6 @@ fn read(socket: &UnixStream, outbox: &Outbox, requests: &Sender<(Request, Vec<Ow
                 outbox.last(Exit::Fault(describe(&error)));
                 process::exit(1);
             }
-        }
-    }
-}
-
-/// Files of a request; each is taken once.
-struct Files(Vec<Option<OwnedFd>>);
-
-impl Files {
-    fn new(files: Vec<OwnedFd>) -> Self {
-        Self(files.into_iter().map(Some).collect())
-    }
-
-    fn take(&mut self, place: FileIndex) -> Result<OwnedFd> {
-        self.0
-            .get_mut(place)
-            .and_then(Option::take)
-            .ok_or_else(|| refuse(ErrorKind::Invalid, format!("No file at place {place}")))
-    }
-
-    fn take_if(&mut self, place: Option<FileIndex>) -> Result<Option<OwnedFd>> {
-        place.map(|place| self.take(place)).transpose()
-    }
-}
-
-fn refuse(kind: ErrorKind, text: impl Into<String>) -> ErrorMessage {
-    ErrorMessage {
-        kind,
-        text: text.into(),
-    }
-}
-
-struct Server {
-    outbox: Outbox,
-}
-
-impl Server {
-    fn handle(&self, body: Body, _files: Files) -> Result<Answer> {
-        match body {
-            Body::Stop => {
-                self.outbox.last(Exit::Stopped);
-                process::exit(0)
-            }
-            Body::Boot(_)
-            | Body::AttachPort { .. }
-            | Body::DetachPort { .. }
-            | Body::CloseInput { .. }
-            | Body::ResizePort { .. }
-            | Body::SetBalloon { .. }
-            | Body::BalloonStats => Err(refuse(ErrorKind::State, "There is no VM")),
         }
     }
 }

@@ -17,23 +17,23 @@ const SAY_HI: &[u8] = &[
     0x0f, 0x0b, // ud2
 ];
 
-/// Writes "x", then waits for interrupts that never come.
+/// Writes a line's end, so that the line arrives, then waits for interrupts that never come.
 const HALT: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'x', 0xee, // mov al, 'x'; out dx, al
+    0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al
     0xfa, // cli
     0xf4, // hlt
     0xeb, 0xfd, // jmp to the hlt
 ];
 
-/// Writes "x", then never leaves the guest.
+/// Writes a line's end, then never leaves the guest.
 const SPIN: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'x', 0xee, // mov al, 'x'; out dx, al
+    0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al
     0xeb, 0xfe, // jmp to itself
 ];
 
-pub fn tests() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
         kvm_test("bare_metal::output_then_triple_fault", output),
         kvm_test("bare_metal::stopped_when_halted", || stopped(HALT)),
@@ -57,7 +57,7 @@ fn kvm_test(name: &str, run: fn() -> Outcome) -> Trial {
     })
 }
 
-pub fn no_kernel() -> Result<BootSpec, Failed> {
+pub(crate) fn no_kernel() -> Result<BootSpec, Failed> {
     Ok(BootSpec {
         vcpus: 1,
         memory: 64 << 20,

@@ -7,7 +7,7 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::support::{Outcome, Vm, check, check_eq, test};
 
-pub fn tests() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("confinement::no_privileges", no_privileges),
         test("confinement::limits", limits),

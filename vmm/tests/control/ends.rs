@@ -17,7 +17,7 @@ use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, exists, kill_9, tes
 
 const SHORT_LIVED_PARENT: &str = "--short-lived-parent";
 
-pub fn tests() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("ends::killed_from_outside", killed_from_outside),
         test("ends::killed_by_handle", killed_by_handle),
@@ -103,12 +103,12 @@ fn stopped_without_vm() -> Outcome {
 }
 
 /// Says its VMM's process id and waits to be killed.
-pub fn short_lived_parent() -> Option<ExitCode> {
+pub(crate) fn short_lived_parent() -> Option<ExitCode> {
     if std::env::args().nth(1)? != SHORT_LIVED_PARENT {
         return None;
     }
     let handle = VmHandle::spawn(SpawnConfig::new("orphan"), Box::new(|_| {})).unwrap();
-    writeln!(std::io::stdout(), "{}", handle.pid()).unwrap();
+    println!("{}", handle.pid());
     loop {
         std::thread::park();
     }

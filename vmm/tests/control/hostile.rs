@@ -16,7 +16,7 @@ use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, check_fault, exists
 const PREFIX: &str = "hostile:";
 
 /// Plays the child that the VM's name asks for.
-pub fn child() -> Option<ExitCode> {
+pub(crate) fn child() -> Option<ExitCode> {
     let name = std::env::args().nth(2)?;
     let script = name.strip_prefix(PREFIX)?;
     play(script);
@@ -141,7 +141,7 @@ fn no_greeting(script: &str, part: &str) -> Outcome {
     )
 }
 
-pub fn tests() -> Vec<Trial> {
+pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("hostile::leaves_before_greeting", || {
             no_greeting("leaves-at-once", "closed the control socket")

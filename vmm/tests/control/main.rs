@@ -3,7 +3,7 @@
 //! This program is the parent, the VMM child (executed again by `VmHandle::spawn`) and, where the
 //! name of the VM asks for it, a child that doesn't keep to the rules.
 
-#![allow(clippy::unwrap_used, reason = "a test program")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test program")]
 
 mod bare_metal;
 mod confinement;

@@ -7,22 +7,22 @@ use libtest_mimic::{Failed, Trial};
 use supermachine_vmm::control::{ControlError, Event, Exit, SpawnConfig, VmHandle};
 
 /// No test waits longer for anything.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 
-pub type Outcome = Result<(), Failed>;
+pub(crate) type Outcome = Result<(), Failed>;
 
 /// A test that can always run.
-pub fn test(name: &str, run: fn() -> Outcome) -> Trial {
+pub(crate) fn test(name: &str, run: fn() -> Outcome) -> Trial {
     Trial::test(name, run)
 }
 
-pub struct Vm {
-    pub handle: VmHandle,
-    pub events: Receiver<Event>,
+pub(crate) struct Vm {
+    pub(crate) handle: VmHandle,
+    pub(crate) events: Receiver<Event>,
 }
 
 impl Vm {
-    pub fn spawn(name: &str) -> Result<Self, ControlError> {
+    pub(crate) fn spawn(name: &str) -> Result<Self, ControlError> {
         let (sender, events) = mpsc::channel();
         let handle = VmHandle::spawn(
             SpawnConfig::new(name),
@@ -35,7 +35,7 @@ impl Vm {
     }
 
     /// Everything up to the end, which must come, and the end itself.
-    pub fn all_events(&self) -> Result<(Vec<Event>, Exit), Failed> {
+    pub(crate) fn all_events(&self) -> Result<(Vec<Event>, Exit), Failed> {
         let mut before = Vec::new();
         loop {
             match self.events.recv_timeout(DEADLINE) {
@@ -46,7 +46,7 @@ impl Vm {
         }
     }
 
-    pub fn end(&self) -> Result<Exit, Failed> {
+    pub(crate) fn end(&self) -> Result<Exit, Failed> {
         Ok(self.all_events()?.1)
     }
 
@@ -60,11 +60,11 @@ impl Vm {
 }
 
 /// Whether the process is there, a zombie included.
-pub fn exists(pid: u32) -> bool {
+pub(crate) fn exists(pid: u32) -> bool {
     std::path::Path::new(&format!("/proc/{pid}")).exists()
 }
 
-pub fn kill_9(pid: u32) -> Outcome {
+pub(crate) fn kill_9(pid: u32) -> Outcome {
     let pid = rustix::process::Pid::from_raw(pid as i32).ok_or("no pid")?;
     Ok(rustix::process::kill_process(
         pid,
@@ -72,14 +72,14 @@ pub fn kill_9(pid: u32) -> Outcome {
     )?)
 }
 
-pub fn check(condition: bool, message: impl Into<String>) -> Outcome {
+pub(crate) fn check(condition: bool, message: impl Into<String>) -> Outcome {
     if condition {
         return Ok(());
     }
     Err(message.into().into())
 }
 
-pub fn check_eq<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Outcome {
+pub(crate) fn check_eq<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Outcome {
     check(
         found == expected,
         format!("found {found:?}, expected {expected:?}"),
@@ -87,7 +87,7 @@ pub fn check_eq<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Outcom
 }
 
 /// Checks that a VM ended by a fault whose reason holds `part`.
-pub fn check_fault(exit: &Exit, part: &str) -> Outcome {
+pub(crate) fn check_fault(exit: &Exit, part: &str) -> Outcome {
     match exit {
         Exit::Fault(reason) if reason.contains(part) => Ok(()),
         exit => Err(format!("found {exit:?}, expected a fault with {part:?}").into()),

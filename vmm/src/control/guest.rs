@@ -1,0 +1,289 @@
+//! The VM in the child, as the parent's requests see it.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread;
+use std::time::Duration;
+
+use super::describe;
+use super::message::{
+    Answer, BalloonStats, Body, Boot, Console, ErrorKind, ErrorMessage, Event, Exit, FileIndex,
+    ToParent,
+};
+use super::outbox::Outbox;
+use super::server::News;
+use crate::devices::virtio::balloon;
+use crate::devices::virtio::console::{
+    self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
+};
+use crate::devices::virtio::vsock::VsockConfig;
+use crate::{DiskConfig, Error, RunningVm, Vm, VmConfig};
+
+/// How long a guest may take to say how it uses its memory; what it said before is good enough.
+const STATS_WAIT: Duration = Duration::from_secs(1);
+
+pub(super) type Result<T> = std::result::Result<T, ErrorMessage>;
+
+/// Waits for the guest's drivers.
+pub(super) type Work = Box<dyn FnOnce() -> Result<Answer> + Send>;
+
+/// How a request is answered.
+pub(super) enum Done {
+    Now(Result<Answer>),
+    Later(Work),
+}
+
+/// The VM, or the place for it.
+pub(super) struct Guest {
+    outbox: Outbox,
+    news: Sender<News>,
+    vm: Option<RunningVm>,
+}
+
+impl Guest {
+    pub(super) fn new(outbox: Outbox, news: Sender<News>) -> Self {
+        Self {
+            outbox,
+            news,
+            vm: None,
+        }
+    }
+
+    pub(super) fn handle(&mut self, body: Body, files: Vec<OwnedFd>) -> Done {
+        self.try_handle(body, Files::new(files))
+            .unwrap_or_else(|error| Done::Now(Err(error)))
+    }
+
+    fn try_handle(&mut self, body: Body, mut files: Files) -> Result<Done> {
+        match body {
+            Body::Boot(boot) => self.boot(*boot, &mut files)?,
+            Body::Stop => match &self.vm {
+                // The thread that waits for its end tells of it.
+                Some(vm) => vm.stop(),
+                None => tell(&self.news, Exit::Stopped),
+            },
+            Body::AttachPort {
+                port,
+                input,
+                output,
+            } => {
+                let ends = PortEnds {
+                    input: files.take_if(input)?,
+                    output: files.take_if(output)?,
+                };
+                let attaching = self
+                    .console()?
+                    .begin_attach(port, ends)
+                    .map_err(refused_port)?;
+                return Ok(Done::Later(Box::new(move || {
+                    attaching
+                        .wait(console::ATTACH_LIMIT)
+                        .map_err(refused_port)?;
+                    Ok(Answer::Done)
+                })));
+            }
+            Body::DetachPort { port } => self.console()?.detach(port).map_err(refused_port)?,
+            Body::CloseInput { port } => {
+                self.console()?.close_input(port).map_err(refused_port)?;
+            }
+            Body::ResizePort {
+                port,
+                columns,
+                rows,
+            } => {
+                self.console()?
+                    .resize(port, columns, rows)
+                    .map_err(refused_port)?;
+            }
+            Body::SetBalloon { bytes } => self
+                .balloon()?
+                .set_target(bytes)
+                .map_err(|error| refuse(ErrorKind::Invalid, describe(&error)))?,
+            Body::BalloonStats => {
+                let balloon = self.balloon()?;
+                return Ok(Done::Later(Box::new(move || stats(&balloon))));
+            }
+        }
+        Ok(Done::Now(Ok(Answer::Done)))
+    }
+
+    fn boot(&mut self, boot: Boot, files: &mut Files) -> Result<()> {
+        if self.vm.is_some() {
+            return Err(refuse(ErrorKind::State, "The VM has been booted already"));
+        }
+        let config = self.config(boot, files)?;
+        let vm = Vm::new(config)
+            .and_then(Vm::start)
+            .map_err(|error| refuse(kind(&error), describe(&error)))?;
+        let (running, news) = (vm.clone(), self.news.clone());
+        thread::Builder::new()
+            .name("vm-end".to_owned())
+            .spawn(move || {
+                let exit = running.wait();
+                drop(running);
+                tell(&news, exit.into());
+            })
+            .map_err(|error| refuse(ErrorKind::Resource, format!("Start a thread: {error}")))?;
+        self.vm = Some(vm);
+        Ok(())
+    }
+
+    fn config(&self, boot: Boot, files: &mut Files) -> Result<VmConfig> {
+        let disks = boot
+            .disks
+            .into_iter()
+            .map(|disk| {
+                Ok(DiskConfig {
+                    file: File::from(files.take(disk.file)?),
+                    read_only: disk.read_only,
+                    serial: disk.serial,
+                })
+            })
+            .collect::<Result<_>>()?;
+        let vsock = boot
+            .vsock
+            .map(|vsock| {
+                let listener = UnixListener::from(files.take(vsock.listener)?);
+                Ok(VsockConfig {
+                    cid: vsock.cid,
+                    listener,
+                })
+            })
+            .transpose()?;
+        let outbox = self.outbox.clone();
+        Ok(VmConfig {
+            vcpus: boot.vcpus,
+            memory: boot.memory,
+            kernel: File::from(files.take(boot.kernel)?),
+            initramfs: files.take_if(boot.initramfs)?.map(File::from),
+            cmdline: boot.cmdline,
+            serial: files.take_if(boot.serial)?,
+            disks,
+            console: boot.console.map(|console| self.console_config(console)),
+            vsock,
+            balloon: boot.balloon,
+            rng: boot.rng,
+            on_device_fault: Some(Arc::new(move |device, reason| {
+                outbox.offer(ToParent::Event(Event::DeviceFault {
+                    device: device.to_owned(),
+                    reason: reason.to_owned(),
+                }));
+            })),
+        })
+    }
+
+    /// Its events wait for the parent when too many do already: so a guest that makes them faster
+    /// than its host takes them is slowed down.
+    fn console_config(&self, console: Console) -> ConsoleConfig {
+        let outbox = self.outbox.clone();
+        ConsoleConfig {
+            ports: console
+                .ports
+                .into_iter()
+                .map(|name| PortConfig { name })
+                .collect(),
+            max_ports: console.max_ports,
+            events: Box::new(move |event| {
+                outbox.send(ToParent::Event(match event {
+                    PortEvent::Opened(port) => Event::PortOpened { port },
+                    PortEvent::Closed(port) => Event::PortClosed { port },
+                    PortEvent::InputEnded(port) => Event::InputEnded { port },
+                }));
+            }),
+        }
+    }
+
+    fn vm(&self) -> Result<&RunningVm> {
+        self.vm
+            .as_ref()
+            .ok_or_else(|| refuse(ErrorKind::State, "There is no VM yet"))
+    }
+
+    fn console(&self) -> Result<console::Handle> {
+        let console = self.vm()?.console();
+        console.ok_or_else(|| refuse(ErrorKind::State, "The VM has no console"))
+    }
+
+    fn balloon(&self) -> Result<balloon::Handle> {
+        let balloon = self.vm()?.balloon();
+        balloon.ok_or_else(|| refuse(ErrorKind::State, "The VM has no balloon"))
+    }
+}
+
+fn stats(balloon: &balloon::Handle) -> Result<Answer> {
+    let report = balloon
+        .report(STATS_WAIT)
+        .map_err(|error| refuse(ErrorKind::Resource, describe(&error)))?;
+    let stats = report.stats;
+    Ok(Answer::BalloonStats(BalloonStats {
+        target: report.target,
+        actual: report.actual,
+        free: stats.free,
+        total: stats.total,
+        available: stats.available,
+        disk_caches: stats.disk_caches,
+        major_faults: stats.major_faults,
+        minor_faults: stats.minor_faults,
+    }))
+}
+
+fn tell(news: &Sender<News>, exit: Exit) {
+    // Refused only where the process is about to end.
+    let _ = news.send(News::Ended(exit));
+}
+
+/// Files of a request; each is taken once.
+struct Files(Vec<Option<OwnedFd>>);
+
+impl Files {
+    fn new(files: Vec<OwnedFd>) -> Self {
+        Self(files.into_iter().map(Some).collect())
+    }
+
+    fn take(&mut self, place: FileIndex) -> Result<OwnedFd> {
+        self.0
+            .get_mut(place)
+            .and_then(Option::take)
+            .ok_or_else(|| refuse(ErrorKind::Invalid, format!("No file at place {place}")))
+    }
+
+    fn take_if(&mut self, place: Option<FileIndex>) -> Result<Option<OwnedFd>> {
+        place.map(|place| self.take(place)).transpose()
+    }
+}
+
+fn refuse(kind: ErrorKind, text: impl Into<String>) -> ErrorMessage {
+    ErrorMessage {
+        kind,
+        text: text.into(),
+    }
+}
+
+fn refused_port(error: ConsoleError) -> ErrorMessage {
+    let kind = match error {
+        ConsoleError::Ports { .. } | ConsoleError::NoPort { .. } => ErrorKind::Invalid,
+        ConsoleError::Busy { .. } | ConsoleError::Unanswered { .. } => ErrorKind::State,
+        ConsoleError::Doorbell(_) => ErrorKind::Resource,
+    };
+    refuse(kind, describe(&error))
+}
+
+fn kind(error: &Error) -> ErrorKind {
+    match error {
+        Error::KernelMissing { .. }
+        | Error::KernelOpen { .. }
+        | Error::Kernel(_)
+        | Error::Load(_)
+        | Error::Vcpus { .. }
+        | Error::MemorySize { .. }
+        | Error::TooManyDevices { .. } => ErrorKind::Invalid,
+        Error::Hypervisor(_) => ErrorKind::Hypervisor,
+        Error::Memory(_) | Error::Device { .. } | Error::Thread { .. } | Error::Entropy(_) => {
+            ErrorKind::Resource
+        }
+        Error::Window(_) => ErrorKind::Internal,
+    }
+}
