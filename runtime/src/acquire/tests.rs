@@ -108,3 +108,70 @@ fn a_process_is_accounted_for_and_the_cgroup_goes_with_the_ledger() {
         std::fs::remove_dir(directory.parent().expect("parent")).expect("rmdir");
     }
 }
+
+/// From a bundle to open disks, and back to nothing.
+#[test]
+fn what_was_acquired_is_gone_with_the_ledger_and_the_files() {
+    use crate::plan::{HostFacts, plan};
+    use crate::request::{Create, Mount, Stdio};
+
+    let root = tempfile::tempdir_in("/var/tmp").expect("tempdir");
+    let config = config(root.path());
+    for file in [&config.kernel.path.0, &config.kernel.initramfs.0] {
+        std::fs::write(file, "stand-in").expect("write");
+    }
+    let snapshot = |name: &str| root.path().join(name).display().to_string();
+    for name in ["1/fs", "2/fs", "3/fs"] {
+        std::fs::create_dir_all(snapshot(name)).expect("mkdir");
+        std::fs::write(root.path().join(name).join("file"), name).expect("write");
+    }
+    let mount = Mount {
+        kind: "overlay".into(),
+        source: "overlay".into(),
+        options: vec![
+            format!("lowerdir={}:{}", snapshot("2/fs"), snapshot("1/fs")),
+            format!("upperdir={}", snapshot("3/fs")),
+            format!("workdir={}", snapshot("3/work")),
+        ],
+        target: String::new(),
+    };
+    let stdio = Stdio::new("", "", "", false).expect("stdio");
+    let create = Create::new("default", "web", root.path(), vec![mount], stdio).expect("create");
+    let text = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
+        "process":{"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"},
+        "linux":{"namespaces":[{"type":"pid"},{"type":"ipc"}]}}"#;
+    let spec = serde_json::from_str(text).expect("spec");
+    let plan = plan(&create, &spec, &HostFacts::read(&create), &config).expect("plan");
+
+    let state = config.state.directory.0.join("default/web");
+    let mut ledger = Ledger::create(&state).expect("ledger");
+    let resources = acquire(&plan, &mut ledger, &config).expect("resources");
+    let found: Vec<(&str, bool)> = resources
+        .disks
+        .iter()
+        .map(|disk| (disk.serial.as_str(), disk.read_only))
+        .collect();
+    // The writable directory held a file: it is the topmost layer.
+    let expected = [
+        ("lower-0", true),
+        ("lower-1", true),
+        ("lower-2", true),
+        ("writable-0", false),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(resources.state_dir, state);
+    drop((resources, ledger));
+    assert!(!state.exists());
+    let left = std::fs::read_dir(root.path().join("writable"))
+        .expect("writable")
+        .count();
+    assert_eq!(left, 0);
+
+    // A layer that isn't there is named, and leaves nothing either.
+    std::fs::remove_dir_all(snapshot("1")).expect("remove");
+    let mut ledger = Ledger::create(&state).expect("ledger");
+    let error = acquire(&plan, &mut ledger, &config).expect_err("missing layer");
+    assert!(error.to_string().contains("1/fs"), "{error}");
+    drop(ledger);
+    assert!(!state.exists());
+}
