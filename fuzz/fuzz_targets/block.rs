@@ -1,0 +1,38 @@
+//! A disk.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use supermachine_fuzz::{MemoryDisk, misbehave};
+use supermachine_vmm::devices::virtio::block::wire::{
+    Disk, HEADER_LEN, RANGE_LEN, Request, SECTOR, parse, parse_range,
+};
+use supermachine_vmm::devices::virtio::block::{Block, BlockConfig};
+
+const SECTORS: u64 = 64;
+
+fuzz_target!(|data: &[u8]| {
+    let disk = Disk {
+        sectors: SECTORS,
+        read_only: false,
+    };
+    if let Some((header, rest)) = data.split_first_chunk::<HEADER_LEN>() {
+        let len = rest.len() as u64;
+        if let Ok(Request::Read { offset, len } | Request::Write { offset, len }) =
+            parse(disk, *header, len, len)
+        {
+            assert!(offset + len <= SECTORS * SECTOR);
+        }
+        if let Some(range) = rest.first_chunk::<RANGE_LEN>()
+            && let Ok(range) = parse_range(disk, *range, header[0] & 1 == 0)
+        {
+            assert!(range.offset + range.len <= SECTORS * SECTOR);
+        }
+    }
+    let config = BlockConfig {
+        id: "block0".into(),
+        backend: Box::new(MemoryDisk(vec![0; (SECTORS * SECTOR) as usize])),
+        read_only: false,
+        serial: "fuzz".into(),
+    };
+    misbehave(Block::new(config).expect("a short serial"), data);
+});
