@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
-use oci_spec::runtime::{Capabilities, Linux, LinuxCapabilities, Process, Root, Spec};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, Root, Spec};
 use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
 use supermachine_protocol::{Rootfs, Stdio};
@@ -80,7 +80,7 @@ impl Bundle {
         root.set_readonly(spec.root().as_ref().and_then(|root| root.readonly()));
         root.set_path(path);
         spec.set_root(Some(root));
-        let mut linux = spec.linux().clone().unwrap_or_else(Linux::default);
+        let mut linux = spec.linux().clone().unwrap_or_default();
         linux.set_cgroups_path(Some(Cgroup::config_path(&self.id)));
         spec.set_linux(Some(linux));
         if let Some(process) = spec.process_mut() {

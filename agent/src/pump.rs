@@ -171,7 +171,7 @@ impl Pump {
     }
 
     fn handle(&self, event: &EpollEvent) {
-        let (number, of_source) = (event.data() / 2, event.data() % 2 == 0);
+        let (number, of_source) = (event.data() / 2, event.data().is_multiple_of(2));
         let mut state = self.state();
         let Some(flow) = state.flows.get_mut(&number) else {
             return;

@@ -37,9 +37,7 @@ impl Uevents {
         let (changed, changes) = watch::channel(0);
         tokio::spawn(async move {
             loop {
-                let drained = socket
-                    .async_io(Interest::READABLE, |socket| drain(socket))
-                    .await;
+                let drained = socket.async_io(Interest::READABLE, drain).await;
                 match drained {
                     Ok(()) => changed.send_modify(|count| *count += 1),
                     Err(error) => {

@@ -168,7 +168,7 @@ struct Fake {
 impl Platform for Fake {
     async fn open_port(&self, port: u32) -> Result<Port, Error> {
         let end = self.guest_ends.lock().unwrap().remove(&port);
-        let end = end.ok_or(Error::NotFound {
+        let end = end.ok_or_else(|| Error::NotFound {
             kind: "console port",
             name: port.to_string(),
         })?;
