@@ -12,6 +12,8 @@ use std::fs::File;
 
 pub(crate) use acpi::{Platform, RESET_VALUE, SLEEP_ENABLE, SLEEP_TYPE_OFF};
 pub use boot::Entry;
+#[cfg(test)]
+pub(crate) use boot::write_tables;
 pub(crate) use boot::{CODE_SELECTOR, DATA_SELECTOR, GDT};
 pub use cpuid::Leaf;
 pub(crate) use kernel::KernelImage;

@@ -28,7 +28,6 @@ impl KvmIrqLine {
 
 impl IrqLine for KvmIrqLine {
     fn set(&self, high: bool) {
-        // Fails only for a pin that does not exist, and creation proved that it does.
         if let Err(error) = self.vm.set_irq_line(self.pin, high) {
             tracing::error!(pin = self.pin, %error, "KVM_IRQ_LINE failed");
         }

@@ -1,8 +1,10 @@
 //! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_fpu, kvm_msr_entry, kvm_regs,
-    kvm_segment,
+    CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
+    KVM_MAX_CPUID_ENTRIES, KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, Msrs, kvm_cpuid_entry2,
+    kvm_enable_cap, kvm_fpu, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -53,7 +55,34 @@ pub(super) fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
     // The pages lie in the hole, out of everybody's way.
     let tss = usize::try_from(layout::TSS).unwrap_or(usize::MAX);
     vm.set_tss_address(tss).map_err(call("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))
+    // No PIC either. It comes with the chip, so its ways are closed: no pin leads to it, and LINT0,
+    // which it would interrupt through, stays masked. Linux believes what it finds there.
+    let quirks = kvm_enable_cap {
+        cap: KVM_CAP_DISABLE_QUIRKS,
+        args: [u64::from(KVM_X86_QUIRK_LINT0_REENABLED), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&quirks).map_err(call("KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS)"))?;
+    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+    let pins: Vec<_> = (0..layout::PINS).map(ioapic_route).collect();
+    let too_many = |_| HypervisorError::Call {
+        call: "KVM_SET_GSI_ROUTING",
+        source: std::io::Error::from_raw_os_error(libc::E2BIG),
+    };
+    let routing = KvmIrqRouting::from_entries(&pins).map_err(too_many)?;
+    vm.set_gsi_routing(&routing).map_err(call("KVM_SET_GSI_ROUTING"))
+}
+
+/// Interrupt `pin` is that pin of the I/O APIC and nothing else.
+fn ioapic_route(pin: u32) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi: pin,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin },
+        },
+        ..Default::default()
+    }
 }
 
 pub(super) fn boot(fd: &VcpuFd, setup: &VcpuSetup) -> Result<(), HypervisorError> {
