@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::host::Place;
 use crate::programs::{self, Launch, PACKAGE};
 use crate::step::{call, step};
-use crate::{build, host, kernel, paths};
+use crate::{build, host, kernel, lab, paths};
 
 /// The whole end-to-end run, in the lab on two slow processors.
 const E2E_LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -96,6 +97,10 @@ fn end_to_end(filter: Option<&str>, total: &mut Total) -> Result<bool> {
     host::announce(&place);
     // One at a time: a lab has two slow processors, and tests compare what is left before and after.
     let mut args = vec!["--test-threads=1".to_owned()];
+    if matches!(place, Place::Lab(_)) {
+        // The lab's own containerd holds the images already.
+        args.push(format!("--containerd-address={}", lab::CONTAINERD));
+    }
     args.extend(filter.map(str::to_owned));
     let out = paths::products().join("e2e");
     paths::remove_dir(&out)?;

@@ -22,7 +22,6 @@ const EXCHANGE: &str = "/dev/vdb";
 const EXCHANGE_DIR: &str = "/run/exchange";
 /// Every process of a session is in this cgroup: ending it ends them all.
 const CGROUP: &str = "/sys/fs/cgroup/session";
-const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// How long output may still come once the command itself has ended, after its last byte.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -229,7 +228,7 @@ fn release_exchange() -> Result<()> {
 /// The lab's init starts both in the background: containerd and the loading of kvm.
 fn wait_for_services(cancelled: &AtomicBool) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(90);
-    while !Path::new("/dev/kvm").exists() || UnixStream::connect(CONTAINERD).is_err() {
+    while !Path::new("/dev/kvm").exists() || UnixStream::connect(super::CONTAINERD).is_err() {
         if cancelled.load(Ordering::SeqCst) {
             bail!("ended before the command was started");
         }

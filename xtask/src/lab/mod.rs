@@ -24,6 +24,9 @@ use self::session::{Load, Session};
 use crate::step::{step, text};
 use crate::{build, paths};
 
+/// The socket of the lab's containerd.
+pub(crate) const CONTAINERD: &str = "/run/containerd/containerd.sock";
+
 /// `PATH` of commands in the lab.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -193,6 +196,7 @@ fn shell(args: &InstallArgs) -> Result<u8> {
     let (rows, columns) = size
         .split_once(' ')
         .and_then(|(rows, columns)| Some((rows.parse().ok()?, columns.parse().ok()?)))
+        .filter(|size| *size != (0, 0))
         .unwrap_or((24, 80));
     let saved = stty(&["-g"])?;
     let term = std::env::var("TERM").unwrap_or_else(|_| "vt100".to_owned());
