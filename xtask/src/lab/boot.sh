@@ -1,6 +1,7 @@
 #!/bin/sh
 # Brings the lab up, from busybox init: mounts, modules, containerd. What takes long runs in the
 # background; the channel's helper waits for it when a command needs it.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mkdir -p /dev/pts /dev/shm /dev/mqueue
 mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
