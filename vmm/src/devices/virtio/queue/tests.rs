@@ -480,6 +480,23 @@ fn indirect_tables_cannot_nest_loop_or_leave() {
 }
 
 #[test]
+fn indirect_tables_are_followed_for_1024_descriptors_and_no_further() {
+    let guest = Guest::new(4 << 20);
+    let mut driver = DriverQueue::new(&guest, 3, SIZE);
+    let text = guest.put(b"x");
+    driver.submit_indirect(&vec![text; 1024]);
+    driver.submit_indirect(&vec![text; 1025]);
+    let mut queue = driver.device_side();
+    let chain = queue.pop().unwrap().unwrap();
+    assert_eq!(chain.readable_len(), 1024);
+    queue.complete(chain, 0).unwrap();
+    assert!(matches!(
+        queue.pop(),
+        Err(RingFault::TooLong { limit: 1024, .. })
+    ));
+}
+
+#[test]
 fn chains_end_at_four_gigabytes() {
     let guest = Guest::new(3 << 30);
     let mut driver = DriverQueue::new(&guest, 0, SIZE);
