@@ -16,7 +16,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut arguments = std::env::args().skip(1);
     while let Some(option) = arguments.next() {
-        let value = arguments.next().ok_or_else(|| format!("{option} needs a value"))?;
+        let value = arguments
+            .next()
+            .ok_or_else(|| format!("{option} needs a value"))?;
         match option.as_str() {
             "--kernel" => config.kernel = VmConfig::open_kernel(Path::new(&value))?,
             "--initramfs" => config.initramfs = Some(File::open(value)?),

@@ -77,7 +77,10 @@ impl VmConfig {
     pub fn open_kernel(path: &Path) -> Result<File, Error> {
         File::open(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => Error::KernelMissing { path: path.into() },
-            _ => Error::KernelOpen { path: path.into(), source },
+            _ => Error::KernelOpen {
+                path: path.into(),
+                source,
+            },
         })
     }
 }

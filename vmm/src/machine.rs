@@ -37,7 +37,9 @@ impl Vm {
         // The image first: a bad one is told whatever the host is.
         let kernel = assembly::check(&config)?;
         let hypervisor = Host::open()?;
-        Ok(Self { assembly: Assembly::new(&hypervisor, config, &kernel)? })
+        Ok(Self {
+            assembly: Assembly::new(&hypervisor, config, &kernel)?,
+        })
     }
 
     /// Starts the vCPUs, each on a thread of its own.
@@ -45,7 +47,9 @@ impl Vm {
     /// # Errors
     /// When a thread or the first state of a vCPU is refused; nothing runs then.
     pub fn start(self) -> Result<RunningVm, Error> {
-        Ok(RunningVm { running: Arc::new(self.assembly.start()?) })
+        Ok(RunningVm {
+            running: Arc::new(self.assembly.start()?),
+        })
     }
 }
 

@@ -30,9 +30,9 @@ pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, stop: &AtomicBool) -> Ex
                 }
                 ControlFlow::Continue(())
             }
-            VcpuExit::PioWrite { port, size, data } => {
-                data.chunks(size).try_for_each(|item| buses.pio.write(u64::from(port), item))
-            }
+            VcpuExit::PioWrite { port, size, data } => data
+                .chunks(size)
+                .try_for_each(|item| buses.pio.write(u64::from(port), item)),
             VcpuExit::SystemOff => ControlFlow::Break(Exit::PowerOff),
             VcpuExit::SystemReset => ControlFlow::Break(Exit::Reset),
             VcpuExit::Shutdown => ControlFlow::Break(Exit::TripleFault),
@@ -74,9 +74,15 @@ mod tests {
     fn run_steps(steps: Vec<Step>) -> (Exit, Vec<Answer>, Arc<Probe>) {
         let probe = Arc::new(Probe::default());
         let mut buses = Buses::default();
-        buses.mmio.insert(0xd000_0000, 0x1000, probe.clone()).unwrap();
+        buses
+            .mmio
+            .insert(0xd000_0000, 0x1000, probe.clone())
+            .unwrap();
         buses.pio.insert(0x3f8, 8, probe.clone()).unwrap();
-        buses.pio.insert(0x600, 3, Arc::new(PowerRegisters)).unwrap();
+        buses
+            .pio
+            .insert(0x600, 3, Arc::new(PowerRegisters))
+            .unwrap();
         let mut vcpu = FakeVcpu::scripted(steps);
         let exit = run(&mut vcpu, &buses, &AtomicBool::new(false));
         (exit, vcpu.answers().to_vec(), probe)
@@ -85,11 +91,24 @@ mod tests {
     #[test]
     fn accesses_reach_devices_and_reads_are_answered() {
         let (exit, answers, probe) = run_steps(vec![
-            Step::MmioRead { address: 0xd000_0004, len: 4 },
-            Step::MmioRead { address: 0xe000_0000, len: 2 },
-            Step::MmioWrite { address: 0xd000_0050, data: vec![1, 0, 0, 0] },
+            Step::MmioRead {
+                address: 0xd000_0004,
+                len: 4,
+            },
+            Step::MmioRead {
+                address: 0xe000_0000,
+                len: 2,
+            },
+            Step::MmioWrite {
+                address: 0xd000_0050,
+                data: vec![1, 0, 0, 0],
+            },
             Step::Kicked,
-            Step::PioRead { port: 0x3fd, size: 1, count: 1 },
+            Step::PioRead {
+                port: 0x3fd,
+                size: 1,
+                count: 1,
+            },
             Step::Shutdown,
         ]);
         assert_eq!(exit, Exit::TripleFault);
@@ -100,25 +119,69 @@ mod tests {
     #[test]
     fn a_string_instruction_is_many_accesses_of_one_port() {
         let (_, answers, probe) = run_steps(vec![
-            Step::PioWrite { port: 0x3f8, size: 1, data: b"abc".to_vec() },
-            Step::PioWrite { port: 0x3f8, size: 2, data: b"abcd".to_vec() },
-            Step::PioRead { port: 0x3f9, size: 2, count: 2 },
+            Step::PioWrite {
+                port: 0x3f8,
+                size: 1,
+                data: b"abc".to_vec(),
+            },
+            Step::PioWrite {
+                port: 0x3f8,
+                size: 2,
+                data: b"abcd".to_vec(),
+            },
+            Step::PioRead {
+                port: 0x3f9,
+                size: 2,
+                count: 2,
+            },
             Step::Shutdown,
         ]);
-        let writes: Vec<_> = probe.0.lock().unwrap().iter().map(|(_, data)| data.clone()).collect();
-        assert_eq!(writes, [b"a".to_vec(), b"b".into(), b"c".into(), b"ab".into(), b"cd".into()]);
+        let writes: Vec<_> = probe
+            .0
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(_, data)| data.clone())
+            .collect();
+        assert_eq!(
+            writes,
+            [
+                b"a".to_vec(),
+                b"b".into(),
+                b"c".into(),
+                b"ab".into(),
+                b"cd".into()
+            ]
+        );
         assert_eq!(answers, [vec![0xa1; 4]]);
     }
 
     #[test]
     fn each_end_has_its_reason() {
-        let fault = Fault::Emulation { suberror: 1, details: vec![0xf4] };
+        let fault = Fault::Emulation {
+            suberror: 1,
+            details: vec![0xf4],
+        };
         for (step, expected) in [
             (Step::Shutdown, Exit::TripleFault),
             (Step::SystemOff, Exit::PowerOff),
             (Step::SystemReset, Exit::Reset),
-            (Step::PioWrite { port: 0x600, size: 1, data: vec![0x34] }, Exit::PowerOff),
-            (Step::PioWrite { port: 0x602, size: 1, data: vec![1] }, Exit::Reset),
+            (
+                Step::PioWrite {
+                    port: 0x600,
+                    size: 1,
+                    data: vec![0x34],
+                },
+                Exit::PowerOff,
+            ),
+            (
+                Step::PioWrite {
+                    port: 0x602,
+                    size: 1,
+                    data: vec![1],
+                },
+                Exit::Reset,
+            ),
             (Step::Fault(fault.clone()), Exit::Fault(fault.to_string())),
         ] {
             // A step too many: running on would answer with its exit.

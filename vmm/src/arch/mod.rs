@@ -5,6 +5,6 @@
 pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{CpuCaps, KernelError, LoadError, VcpuSetup};
-#[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64 as current;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{CpuCaps, KernelError, LoadError, VcpuSetup};

@@ -48,11 +48,18 @@ impl Bus {
         device: Arc<dyn BusDevice>,
     ) -> Result<(), BadWindow> {
         let bad = BadWindow { start, len };
-        let Some(end) = start.checked_add(len).filter(|end| *end > start) else { return Err(bad) };
+        let Some(end) = start.checked_add(len).filter(|end| *end > start) else {
+            return Err(bad);
+        };
         let place = self.windows.partition_point(|window| window.start < start);
-        let before = place.checked_sub(1).and_then(|index| self.windows.get(index));
+        let before = place
+            .checked_sub(1)
+            .and_then(|index| self.windows.get(index));
         if before.is_some_and(|window| window.start + window.len > start)
-            || self.windows.get(place).is_some_and(|window| window.start < end)
+            || self
+                .windows
+                .get(place)
+                .is_some_and(|window| window.start < end)
         {
             return Err(bad);
         }
@@ -62,7 +69,9 @@ impl Bus {
 
     /// The device whose window holds all of `address..address + len`, and the offset into it.
     fn find(&self, address: u64, len: usize) -> Option<(&dyn BusDevice, u64)> {
-        let place = self.windows.partition_point(|window| window.start <= address);
+        let place = self
+            .windows
+            .partition_point(|window| window.start <= address);
         let window = self.windows.get(place.checked_sub(1)?)?;
         let offset = address - window.start;
         let end = offset.checked_add(len as u64)?;
@@ -121,7 +130,10 @@ mod tests {
     }
 
     fn probe(number: u8) -> Arc<Probe> {
-        Arc::new(Probe { number, ..Default::default() })
+        Arc::new(Probe {
+            number,
+            ..Default::default()
+        })
     }
 
     #[test]
@@ -138,7 +150,13 @@ mod tests {
         assert_eq!(read(0x1003, 2), [4, 4]);
         assert_eq!(read(0x200f, 1), [115]);
         // Before, between, across an end, beyond, and at the end of the address space.
-        for (address, len) in [(0xfff, 1), (0x1010, 4), (0x100e, 4), (0x2010, 1), (u64::MAX, 8)] {
+        for (address, len) in [
+            (0xfff, 1),
+            (0x1010, 4),
+            (0x100e, 4),
+            (0x2010, 1),
+            (u64::MAX, 8),
+        ] {
             assert_eq!(read(address, len), vec![0xff; len], "{address:#x}");
         }
         assert!(bus.write(0x100e, &[1, 2, 3, 4]).is_continue());
@@ -167,7 +185,10 @@ mod tests {
             (u64::MAX, 2),
             (0x1080, 0x10),
         ] {
-            assert_eq!(bus.insert(start, len, probe(2)), Err(BadWindow { start, len }));
+            assert_eq!(
+                bus.insert(start, len, probe(2)),
+                Err(BadWindow { start, len })
+            );
         }
         bus.insert(0x1100, 1, probe(2)).unwrap();
         bus.insert(0xfff, 1, probe(2)).unwrap();

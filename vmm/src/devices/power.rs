@@ -22,7 +22,9 @@ impl BusDevice for PowerRegisters {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<Exit> {
-        let [value] = *data else { return ControlFlow::Continue(()) };
+        let [value] = *data else {
+            return ControlFlow::Continue(());
+        };
         match offset {
             SLEEP_CONTROL
                 if value & SLEEP_ENABLE != 0
@@ -67,7 +69,11 @@ mod tests {
         let ends = |offset, value| PowerRegisters.write(offset, &[value]).break_value();
         for value in 0..=255u8 {
             let off = value & 0b11_1100 == 0b11_0100;
-            assert_eq!(ends(SLEEP_CONTROL, value), off.then_some(Exit::PowerOff), "{value:#x}");
+            assert_eq!(
+                ends(SLEEP_CONTROL, value),
+                off.then_some(Exit::PowerOff),
+                "{value:#x}"
+            );
             assert_eq!(ends(1, value), None);
             assert_eq!(ends(RESET, value), (value == 1).then_some(Exit::Reset));
             let keyboard = KeyboardReset.write(0, &[value]).break_value();

@@ -25,7 +25,9 @@ impl Com1 {
     /// A port that writes to `sink` and raises its interrupt by `raise`.
     pub fn new(sink: OwnedFd, raise: Box<dyn Fn() + Send + Sync>) -> Self {
         let uart = Serial::new(Edge(raise), LogSink::new(File::from(sink)));
-        Self { uart: Mutex::new(uart) }
+        Self {
+            uart: Mutex::new(uart),
+        }
     }
 
     fn uart(&self) -> std::sync::MutexGuard<'_, Serial<Edge, NoEvents, LogSink>> {
@@ -76,14 +78,20 @@ struct LogSink {
 
 impl LogSink {
     fn new(file: File) -> Self {
-        Self { file, line: Vec::with_capacity(LINE), lost_some: false }
+        Self {
+            file,
+            line: Vec::with_capacity(LINE),
+            lost_some: false,
+        }
     }
 
     fn send(&mut self) {
         // A pipe that polls writable takes a page at least; files always do.
         let mut poll_fd = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
         let ready = poll(&mut poll_fd, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-            && poll_fd[0].revents().is_some_and(|events| events.contains(PollFlags::POLLOUT));
+            && poll_fd[0]
+                .revents()
+                .is_some_and(|events| events.contains(PollFlags::POLLOUT));
         if !ready || self.file.write_all(&self.line).is_err() {
             if !self.lost_some {
                 tracing::warn!("Serial log loses output: its reader does not keep up");

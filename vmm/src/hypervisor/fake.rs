@@ -14,10 +14,24 @@ use crate::sys::doorbell::Doorbell;
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "fields as in `VcpuExit`")]
 pub enum Step {
-    MmioRead { address: u64, len: usize },
-    MmioWrite { address: u64, data: Vec<u8> },
-    PioRead { port: u16, size: usize, count: usize },
-    PioWrite { port: u16, size: usize, data: Vec<u8> },
+    MmioRead {
+        address: u64,
+        len: usize,
+    },
+    MmioWrite {
+        address: u64,
+        data: Vec<u8>,
+    },
+    PioRead {
+        port: u16,
+        size: usize,
+        count: usize,
+    },
+    PioWrite {
+        port: u16,
+        size: usize,
+        data: Vec<u8>,
+    },
     SystemOff,
     SystemReset,
     Shutdown,
@@ -54,8 +68,15 @@ pub struct Record {
 impl Fake {
     /// A hypervisor with a script for each vCPU.
     pub fn new(scripts: Vec<Vec<Step>>) -> Self {
-        let caps = Caps { max_vcpus: 8, ..Default::default() };
-        Self { caps, scripts, record: Arc::default() }
+        let caps = Caps {
+            max_vcpus: 8,
+            ..Default::default()
+        };
+        Self {
+            caps,
+            scripts,
+            record: Arc::default(),
+        }
     }
 
     /// What was done so far.
@@ -80,7 +101,10 @@ impl Hypervisor for Fake {
     }
 
     fn create_vm(&self) -> Result<FakeVm, HypervisorError> {
-        Ok(FakeVm { scripts: self.scripts.clone(), record: Arc::clone(&self.record) })
+        Ok(FakeVm {
+            scripts: self.scripts.clone(),
+            record: Arc::clone(&self.record),
+        })
     }
 }
 
@@ -113,14 +137,21 @@ impl VmBackend for FakeVm {
     }
 
     fn create_vcpu(&self, index: u32) -> Result<FakeSeed, HypervisorError> {
-        let script = self.scripts.get(index as usize).cloned().unwrap_or_default();
+        let script = self
+            .scripts
+            .get(index as usize)
+            .cloned()
+            .unwrap_or_default();
         let mut vcpu = FakeVcpu::scripted(script);
         vcpu.record = Arc::clone(&self.record);
         Ok(FakeSeed(vcpu))
     }
 
     fn irq_line(&self, pin: u32) -> Result<FakeLine, HypervisorError> {
-        Ok(FakeLine { pin, record: Arc::clone(&self.record) })
+        Ok(FakeLine {
+            pin,
+            record: Arc::clone(&self.record),
+        })
     }
 
     fn bind_doorbell(
@@ -216,26 +247,42 @@ impl Vcpu for FakeVcpu {
             self.answers.push(self.current.clone());
         }
         let Some(step) = self.script.pop_front() else {
-            return VcpuExit::Fault(Fault::Unexpected { what: "end of script".into() });
+            return VcpuExit::Fault(Fault::Unexpected {
+                what: "end of script".into(),
+            });
         };
         match step {
             Step::MmioRead { address, len } => {
                 self.awaits_answer = true;
                 self.current = vec![0; len];
-                VcpuExit::MmioRead { address, data: &mut self.current }
+                VcpuExit::MmioRead {
+                    address,
+                    data: &mut self.current,
+                }
             }
             Step::MmioWrite { address, data } => {
                 self.current = data;
-                VcpuExit::MmioWrite { address, data: &self.current }
+                VcpuExit::MmioWrite {
+                    address,
+                    data: &self.current,
+                }
             }
             Step::PioRead { port, size, count } => {
                 self.awaits_answer = true;
                 self.current = vec![0; size * count];
-                VcpuExit::PioRead { port, size, data: &mut self.current }
+                VcpuExit::PioRead {
+                    port,
+                    size,
+                    data: &mut self.current,
+                }
             }
             Step::PioWrite { port, size, data } => {
                 self.current = data;
-                VcpuExit::PioWrite { port, size, data: &self.current }
+                VcpuExit::PioWrite {
+                    port,
+                    size,
+                    data: &self.current,
+                }
             }
             Step::SystemOff => VcpuExit::SystemOff,
             Step::SystemReset => VcpuExit::SystemReset,

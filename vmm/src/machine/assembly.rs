@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::devices::{DeviceSet, Devices, Handles};
 use super::run::{self, Running};
-use crate::arch::current::{self, BootSource, KernelImage, MIN_MEMORY, Platform, layout};
 use crate::arch::VcpuSetup;
+use crate::arch::current::{self, BootSource, KernelImage, MIN_MEMORY, Platform, layout};
 use crate::config::VmConfig;
 use crate::devices::bus::Bus;
 use crate::devices::power::{KeyboardReset, PowerRegisters};
@@ -34,10 +34,16 @@ pub(super) struct Assembly<B: VmBackend> {
 /// Checks what can be checked without a hypervisor.
 pub(super) fn check(config: &VmConfig) -> Result<KernelImage, Error> {
     if config.vcpus == 0 || config.vcpus > current::MAX_VCPUS {
-        return Err(Error::Vcpus { asked: config.vcpus, max: current::MAX_VCPUS });
+        return Err(Error::Vcpus {
+            asked: config.vcpus,
+            max: current::MAX_VCPUS,
+        });
     }
     if config.memory < MIN_MEMORY || !config.memory.is_multiple_of(4096) {
-        return Err(Error::MemorySize { asked: config.memory, min: MIN_MEMORY });
+        return Err(Error::MemorySize {
+            asked: config.memory,
+            min: MIN_MEMORY,
+        });
     }
     Ok(KernelImage::recognise(&config.kernel)?)
 }
@@ -50,7 +56,10 @@ impl<B: VmBackend> Assembly<B> {
     ) -> Result<Self, Error> {
         let caps = hypervisor.caps();
         if config.vcpus > caps.max_vcpus {
-            return Err(Error::Vcpus { asked: config.vcpus, max: caps.max_vcpus });
+            return Err(Error::Vcpus {
+                asked: config.vcpus,
+                max: caps.max_vcpus,
+            });
         }
         let memory = GuestMemory::anonymous(&layout::ram_ranges(config.memory))?;
         let backend = hypervisor.create_vm()?;
@@ -76,15 +85,28 @@ impl<B: VmBackend> Assembly<B> {
             command_line: &config.cmdline,
             seed,
         };
-        let platform = Platform { vcpus: config.vcpus, virtio_devices, com1 };
+        let platform = Platform {
+            vcpus: config.vcpus,
+            virtio_devices,
+            com1,
+        };
         let entry = current::load(&memory, source, platform)?;
 
-        let seeds =
-            (0..config.vcpus).map(|index| backend.create_vcpu(index)).collect::<Result<_, _>>()?;
+        let seeds = (0..config.vcpus)
+            .map(|index| backend.create_vcpu(index))
+            .collect::<Result<_, _>>()?;
         let setups = (0..config.vcpus)
             .map(|index| current::vcpu_setup(&caps.cpu, index, config.vcpus, entry))
             .collect();
-        Ok(Self { seeds, setups, buses: Arc::new(buses), devices, handles, backend, memory })
+        Ok(Self {
+            seeds,
+            setups,
+            buses: Arc::new(buses),
+            devices,
+            handles,
+            backend,
+            memory,
+        })
     }
 
     pub(super) fn start(self) -> Result<Running, Error> {
@@ -110,7 +132,11 @@ fn add_pc_devices<B: VmBackend>(
     let Some(sink) = serial else { return Ok(false) };
     let line = backend.irq_line(layout::COM1_PIN)?;
     let com1 = Com1::new(sink, Box::new(move || line.pulse()));
-    pio.insert(u64::from(layout::COM1), u64::from(layout::COM1_PORTS), Arc::new(com1))?;
+    pio.insert(
+        u64::from(layout::COM1),
+        u64::from(layout::COM1_PORTS),
+        Arc::new(com1),
+    )?;
     Ok(true)
 }
 

@@ -37,7 +37,13 @@ impl DeviceSet {
     ) -> Result<Self, Error> {
         let shared = reactor("devices")?;
         let observer = observer.unwrap_or_else(|| Arc::new(|_, _| ()));
-        Ok(Self { memory, observer, shared, own: Vec::new(), devices: Vec::new() })
+        Ok(Self {
+            memory,
+            observer,
+            shared,
+            own: Vec::new(),
+            devices: Vec::new(),
+        })
     }
 
     /// Makes what the configuration asks for. Disks come last: beyond the pins of the interrupt
@@ -68,8 +74,7 @@ impl DeviceSet {
         }
         for (index, disk) in config.disks.drain(..).enumerate() {
             let id = format!("block{index}");
-            let backend =
-                FileBackend::open(disk.file, disk.read_only).map_err(refused(&id))?;
+            let backend = FileBackend::open(disk.file, disk.read_only).map_err(refused(&id))?;
             let block = Block::new(BlockConfig {
                 id: id.clone(),
                 backend: Box::new(backend),
@@ -118,8 +123,7 @@ impl DeviceSet {
                 raise: Box::new(move || line.pulse()),
                 observer: Arc::clone(&self.observer),
             };
-            let transport = MmioTransport::new(device, parts)
-                .map_err(refused(&id))?;
+            let transport = MmioTransport::new(device, parts).map_err(refused(&id))?;
             for (index, doorbell) in (0..).zip(transport.doorbells()) {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
@@ -130,7 +134,10 @@ impl DeviceSet {
             mmio.insert(layout::virtio_address(slot), layout::VIRTIO_STRIDE, window)?;
             transports.push(transport);
         }
-        Ok(Devices { transports, _reactors: (self.shared, self.own) })
+        Ok(Devices {
+            transports,
+            _reactors: (self.shared, self.own),
+        })
     }
 }
 
@@ -152,11 +159,17 @@ where
     E: std::error::Error + Send + Sync + 'static,
 {
     let device = device.to_owned();
-    move |error| Error::Device { device: device.clone(), source: Box::new(error) }
+    move |error| Error::Device {
+        device: device.clone(),
+        source: Box::new(error),
+    }
 }
 
 fn reactor(name: &str) -> Result<Reactor, Error> {
-    Reactor::new(name).map_err(|source| Error::Thread { name: name.into(), source })
+    Reactor::new(name).map_err(|source| Error::Thread {
+        name: name.into(),
+        source,
+    })
 }
 
 /// The attached devices and the threads they work on.

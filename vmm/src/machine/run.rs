@@ -65,7 +65,11 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
             Box::new(move || kicker.kick()) as Box<dyn Fn() + Send + Sync>
         })
         .collect();
-    let state = State { exit: None, running: count, ended: count == 0 };
+    let state = State {
+        exit: None,
+        running: count,
+        ended: count == 0,
+    };
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
         kickers,
@@ -79,7 +83,11 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
     let mut failed = None;
     for (index, (seed, setup)) in parts.vcpus.into_iter().enumerate() {
         let (start, go) = mpsc::channel();
-        let thread = Thread { shared: Arc::clone(&shared), report: report.clone(), go };
+        let thread = Thread {
+            shared: Arc::clone(&shared),
+            report: report.clone(),
+            go,
+        };
         let buses = Arc::clone(&parts.buses);
         let name = format!("vcpu{index}");
         let spawned = thread::Builder::new()
@@ -134,8 +142,14 @@ struct Thread {
 impl Thread {
     fn run<S: VcpuSeed>(self, seed: S, setup: &VcpuSetup, buses: &Buses) {
         // Counts this vCPU out whatever happens: also when a device panics below it.
-        let mut out = CountOut { shared: &self.shared, exit: None };
-        let mut vcpu = match seed.bind().and_then(|mut vcpu| vcpu.boot(setup).map(|()| vcpu)) {
+        let mut out = CountOut {
+            shared: &self.shared,
+            exit: None,
+        };
+        let mut vcpu = match seed
+            .bind()
+            .and_then(|mut vcpu| vcpu.boot(setup).map(|()| vcpu))
+        {
             Ok(vcpu) => vcpu,
             Err(error) => {
                 out.exit = Some(Exit::Stopped);
@@ -233,7 +247,10 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.stop();
         self.wait();
-        let threads = self.threads.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let threads = self
+            .threads
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         for thread in threads.drain(..) {
             // A panic has been reported as the VM's exit.
             let _ = thread.join();

@@ -131,7 +131,9 @@ fn a_guest_that_never_exits_can_be_stopped() {
 
 #[test]
 fn dropping_a_running_vm_stops_it() {
-    let Some(vm) = build(config(&SPIN)) else { return };
+    let Some(vm) = build(config(&SPIN)) else {
+        return;
+    };
     let running = vm.start().unwrap();
     let (sender, dropped) = mpsc::channel();
     thread::spawn(move || {
@@ -143,7 +145,9 @@ fn dropping_a_running_vm_stops_it() {
 
 #[test]
 fn a_vm_that_is_never_started_leaves_nothing_behind() {
-    let Some(vm) = build(config(&SPIN)) else { return };
+    let Some(vm) = build(config(&SPIN)) else {
+        return;
+    };
     drop(vm);
 }
 
@@ -156,7 +160,11 @@ fn a_vm_takes_more_devices_than_there_are_interrupt_pins() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let serial = format!("disk{index}");
-        config.disks.push(DiskConfig { file, read_only: false, serial });
+        config.disks.push(DiskConfig {
+            file,
+            read_only: false,
+            serial,
+        });
     }
     let Some(vm) = build(config) else { return };
     let running = vm.start().unwrap();
@@ -172,15 +180,27 @@ fn bad_kernels_are_told_before_anything_is_done() {
         other => panic!("{other:?}"),
     };
     let found = error(elf(183, &SPIN)).to_string();
-    assert!(found.contains("aarch64") && found.contains("expected x86_64"), "{found}");
-    assert!(matches!(error(tempfile::tempfile().unwrap()), KernelError::Format { .. }));
+    assert!(
+        found.contains("aarch64") && found.contains("expected x86_64"),
+        "{found}"
+    );
+    assert!(matches!(
+        error(tempfile::tempfile().unwrap()),
+        KernelError::Format { .. }
+    ));
 
     let missing = VmConfig::open_kernel(std::path::Path::new("/nonexistent/vmlinux"));
     let missing = missing.unwrap_err();
     assert!(matches!(missing, Error::KernelMissing { .. }));
-    assert_eq!(missing.to_string(), "Kernel image /nonexistent/vmlinux does not exist");
+    assert_eq!(
+        missing.to_string(),
+        "Kernel image /nonexistent/vmlinux does not exist"
+    );
     let directory = VmConfig::open_kernel(std::path::Path::new("/proc/1/mem/x")).unwrap_err();
-    assert!(matches!(directory, Error::KernelOpen { .. }), "{directory:?}");
+    assert!(
+        matches!(directory, Error::KernelOpen { .. }),
+        "{directory:?}"
+    );
 }
 
 #[test]
@@ -191,10 +211,16 @@ fn sizes_are_checked() {
         check(&config).map(|_| ())
     };
     for vcpus in [0, 255, u32::MAX] {
-        assert!(matches!(with(vcpus, 64 << 20), Err(Error::Vcpus { max: 254, .. })));
+        assert!(matches!(
+            with(vcpus, 64 << 20),
+            Err(Error::Vcpus { max: 254, .. })
+        ));
     }
     for memory in [0, 4096, (64 << 20) + 1] {
-        assert!(matches!(with(1, memory), Err(Error::MemorySize { .. })), "{memory}");
+        assert!(
+            matches!(with(1, memory), Err(Error::MemorySize { .. })),
+            "{memory}"
+        );
     }
     assert!(with(254, 64 << 20).is_ok());
 }
@@ -206,36 +232,68 @@ fn fake(scripts: Vec<Vec<Step>>, change: impl FnOnce(&mut VmConfig)) -> (Fake, R
     change(&mut config);
     let hypervisor = Fake::new(scripts);
     let kernel = check(&config).unwrap();
-    let running = Assembly::new(&hypervisor, config, &kernel).unwrap().start().unwrap();
+    let running = Assembly::new(&hypervisor, config, &kernel)
+        .unwrap()
+        .start()
+        .unwrap();
     (hypervisor, running)
 }
 
 #[test]
 fn the_end_of_one_vcpu_brings_out_the_others() {
     let scripts = vec![
-        vec![Step::UntilKicked, Step::Fault(Fault::EntryFailed { reason: 1 })],
-        vec![Step::Kicked, Step::PioWrite { port: 0x600, size: 1, data: vec![0x34] }],
-        vec![Step::UntilKicked, Step::Fault(Fault::EntryFailed { reason: 1 })],
+        vec![
+            Step::UntilKicked,
+            Step::Fault(Fault::EntryFailed { reason: 1 }),
+        ],
+        vec![
+            Step::Kicked,
+            Step::PioWrite {
+                port: 0x600,
+                size: 1,
+                data: vec![0x34],
+            },
+        ],
+        vec![
+            Step::UntilKicked,
+            Step::Fault(Fault::EntryFailed { reason: 1 }),
+        ],
     ];
     let (hypervisor, running) = fake(scripts, |_| ());
     assert_eq!(running.wait(), Exit::PowerOff);
     let record = hypervisor.record();
     assert_eq!(record.booted.len(), 3);
-    assert_eq!(record.booted.iter().filter(|setup| setup.entry.is_some()).count(), 1);
+    assert_eq!(
+        record
+            .booted
+            .iter()
+            .filter(|setup| setup.entry.is_some())
+            .count(),
+        1
+    );
     assert_eq!(record.mapped[&0], (0, 64 << 20));
 }
 
 #[test]
 fn a_fault_of_a_vcpu_ends_the_vm_as_that() {
-    let fault = Fault::Emulation { suberror: 1, details: Vec::new() };
+    let fault = Fault::Emulation {
+        suberror: 1,
+        details: Vec::new(),
+    };
     let (_, running) = fake(vec![vec![Step::Fault(fault.clone())]], |_| ());
     assert_eq!(running.wait(), Exit::Fault(fault.to_string()));
 }
 
 #[test]
 fn a_guest_without_ioeventfds_reaches_its_devices_by_exits() {
-    let magic = Step::MmioRead { address: 0xd000_0000, len: 4 };
-    let reset = Step::MmioWrite { address: 0xd000_0070, data: vec![0; 4] };
+    let magic = Step::MmioRead {
+        address: 0xd000_0000,
+        len: 4,
+    };
+    let reset = Step::MmioWrite {
+        address: 0xd000_0070,
+        data: vec![0; 4],
+    };
     let scripts = vec![vec![magic, reset, Step::SystemOff]];
     let (hypervisor, running) = fake(scripts, |config| config.rng = true);
     assert_eq!(running.wait(), Exit::PowerOff);
@@ -244,7 +302,9 @@ fn a_guest_without_ioeventfds_reaches_its_devices_by_exits() {
 
 #[test]
 fn ram_beyond_the_hole_is_mapped_above_4_gib() {
-    let (hypervisor, running) = fake(vec![vec![Step::SystemOff]], |config| config.memory = 5 << 30);
+    let (hypervisor, running) = fake(vec![vec![Step::SystemOff]], |config| {
+        config.memory = 5 << 30
+    });
     running.wait();
     let record = hypervisor.record();
     assert_eq!(record.mapped[&0], (0, 3 << 30));

@@ -79,7 +79,11 @@ impl Mapping {
         // SAFETY: the range was just checked to lie within this mapping; private anonymous pages
         // read as zero afterwards, which every reader of guest memory must expect of a guest.
         let result = unsafe {
-            libc::madvise(self.as_ptr().wrapping_add(offset).cast(), len, libc::MADV_DONTNEED)
+            libc::madvise(
+                self.as_ptr().wrapping_add(offset).cast(),
+                len,
+                libc::MADV_DONTNEED,
+            )
         };
         if result < 0 {
             return Err(io::Error::last_os_error());

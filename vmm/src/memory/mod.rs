@@ -112,7 +112,10 @@ impl GuestMemory {
         let mut regions: Vec<Region> = Vec::with_capacity(ranges.len());
         let mut free_from = 0;
         for &(start, size) in ranges {
-            let bad = || MemoryError::BadRange { start: start.0, size };
+            let bad = || MemoryError::BadRange {
+                start: start.0,
+                size,
+            };
             let end = start.0.checked_add(size).ok_or_else(bad)?;
             if size == 0 || start.0 < free_from || start.0 % 4096 != 0 || size % 4096 != 0 {
                 return Err(bad());
@@ -131,19 +134,27 @@ impl GuestMemory {
                     libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 )
             }
-            .map_err(|error| MemoryError::Map { size, source: io::Error::other(error) })?;
+            .map_err(|error| MemoryError::Map {
+                size,
+                source: io::Error::other(error),
+            })?;
             let view = GuestRegionMmap::new(view, start).ok_or_else(bad)?;
             regions.push(Region { view, mapping });
         }
-        Ok(Self { ram: Arc::new(Ram { regions }) })
+        Ok(Self {
+            ram: Arc::new(Ram { regions }),
+        })
     }
 
     /// Each region as guest address, host address and length, for the hypervisor to map.
     pub fn host_ranges(&self) -> impl Iterator<Item = (GuestAddress, *mut u8, u64)> {
-        self.ram
-            .regions
-            .iter()
-            .map(|region| (region.view.start_addr(), region.mapping.as_ptr(), region.view.len()))
+        self.ram.regions.iter().map(|region| {
+            (
+                region.view.start_addr(),
+                region.mapping.as_ptr(),
+                region.view.len(),
+            )
+        })
     }
 
     /// All guest RAM, in bytes.
@@ -164,10 +175,17 @@ impl GuestMemory {
     /// in the former case.
     pub fn discard(&self, start: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
         let page = self.host_page();
-        if start.0 % page != 0 || len % page != 0 {
-            return Err(DiscardError::Unaligned { start: start.0, len, page });
+        if !start.0.is_multiple_of(page) || !len.is_multiple_of(page) {
+            return Err(DiscardError::Unaligned {
+                start: start.0,
+                len,
+                page,
+            });
         }
-        let not_ram = || DiscardError::NotRam { start: start.0, len };
+        let not_ram = || DiscardError::NotRam {
+            start: start.0,
+            len,
+        };
         let region = self
             .ram
             .regions
@@ -182,7 +200,11 @@ impl GuestMemory {
         region
             .mapping
             .discard(offset, len)
-            .map_err(|source| DiscardError::Host { start: start.0, len, source })
+            .map_err(|source| DiscardError::Host {
+                start: start.0,
+                len,
+                source,
+            })
     }
 }
 
@@ -195,7 +217,8 @@ impl GuestMemoryBackend for GuestMemory {
 
     fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
         // At most a handful of regions: a scan beats a search.
-        self.iter().find(|region| region.to_region_addr(addr).is_some())
+        self.iter()
+            .find(|region| region.to_region_addr(addr).is_some())
     }
 
     fn iter(&self) -> impl Iterator<Item = &Self::R> {

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod doorbell;
+pub mod random;
 pub mod reactor;
 pub mod storage;
-pub mod random;
 pub mod vectored;

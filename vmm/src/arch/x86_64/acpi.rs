@@ -6,7 +6,9 @@
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -43,7 +45,10 @@ pub(crate) struct Platform {
 
 /// Writes all tables; answers where the RSDP is.
 pub(crate) fn write(memory: &GuestMemory, platform: Platform) -> Result<GuestAddress, LoadError> {
-    let mut place = Place { memory, next: layout::ACPI.0 + Rsdp::len().next_multiple_of(16) as u64 };
+    let mut place = Place {
+        memory,
+        next: layout::ACPI.0 + Rsdp::len().next_multiple_of(16) as u64,
+    };
 
     let dsdt = place.put(&dsdt(platform))?;
     let mut fadt = FADTBuilder::new(OEM, TABLE, 1)
@@ -89,7 +94,10 @@ impl Place<'_> {
         table.to_aml_bytes(&mut bytes);
         let available = usize::try_from(layout::ACPI_END - address.0).unwrap_or(0);
         if bytes.len() > available {
-            return Err(LoadError::AcpiTables { needed: bytes.len(), available });
+            return Err(LoadError::AcpiTables {
+                needed: bytes.len(),
+                available,
+            });
         }
         self.memory.write_slice(&bytes, address)?;
         Ok(bytes.len())
@@ -97,11 +105,22 @@ impl Place<'_> {
 }
 
 fn port(number: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(number))
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(number),
+    )
 }
 
 fn madt(vcpus: u32) -> MADT {
-    let mut madt = MADT::new(OEM, TABLE, 1, LocalInterruptController::Address(layout::LOCAL_APIC));
+    let mut madt = MADT::new(
+        OEM,
+        TABLE,
+        1,
+        LocalInterruptController::Address(layout::LOCAL_APIC),
+    );
     for index in 0..vcpus {
         // At most 254 vCPUs (`MAX_VCPUS`), so an id always fits the 8 bits of this structure.
         let id = u8::try_from(index).unwrap_or(u8::MAX);

@@ -103,10 +103,16 @@ pub(crate) fn write_parameters(
     let command_line = parameters.command_line.as_bytes();
     let max = command_line_max.min((layout::SETUP_DATA.0 - layout::COMMAND_LINE.0) as usize - 1);
     if command_line.len() > max {
-        return Err(LoadError::CommandLine { len: command_line.len(), max });
+        return Err(LoadError::CommandLine {
+            len: command_line.len(),
+            max,
+        });
     }
     memory.write_slice(command_line, layout::COMMAND_LINE)?;
-    memory.write_obj(0u8, GuestAddress(layout::COMMAND_LINE.0 + command_line.len() as u64))?;
+    memory.write_obj(
+        0u8,
+        GuestAddress(layout::COMMAND_LINE.0 + command_line.len() as u64),
+    )?;
     header.cmd_line_ptr = layout::COMMAND_LINE.0 as u32;
     header.cmdline_size = command_line.len() as u32;
 
@@ -132,10 +138,7 @@ pub(crate) fn write_parameters(
 }
 
 /// A `struct setup_data`: next, type, length, then the data.
-fn write_seed(
-    memory: &GuestMemory,
-    seed: &[u8; SEED_LEN],
-) -> Result<GuestAddress, LoadError> {
+fn write_seed(memory: &GuestMemory, seed: &[u8; SEED_LEN]) -> Result<GuestAddress, LoadError> {
     let at = layout::SETUP_DATA;
     memory.write_obj(0u64, at)?;
     memory.write_obj(SETUP_RNG_SEED, GuestAddress(at.0 + 8))?;
@@ -146,7 +149,11 @@ fn write_seed(
 
 /// The E820 map: conventional memory, what a PC keeps below 1 MiB, then each region of RAM.
 fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
-    let entry = |addr, end: u64, r#type| boot_e820_entry { addr, size: end - addr, r#type };
+    let entry = |addr, end: u64, r#type| boot_e820_entry {
+        addr,
+        size: end - addr,
+        r#type,
+    };
     let mut map = vec![
         entry(0, layout::LOW_RAM_END, E820_RAM),
         entry(layout::LOW_RAM_END, layout::ACPI.0, E820_RESERVED),
@@ -154,7 +161,11 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     ];
     for region in memory.iter() {
         let start = region.start_addr().0;
-        map.push(entry(start.max(layout::HIGH_RAM), start + region.len(), E820_RAM));
+        map.push(entry(
+            start.max(layout::HIGH_RAM),
+            start + region.len(),
+            E820_RAM,
+        ));
     }
     map
 }

@@ -36,7 +36,12 @@ const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
 /// The CPUID of vCPU `index` of `count`: one package, each vCPU a core of its own, APIC id = index.
-pub(crate) fn for_vcpu(supported: &[Leaf], tsc_deadline: bool, index: u32, count: u32) -> Vec<Leaf> {
+pub(crate) fn for_vcpu(
+    supported: &[Leaf],
+    tsc_deadline: bool,
+    index: u32,
+    count: u32,
+) -> Vec<Leaf> {
     let core_bits = bits_for(count);
     let mut leaves: Vec<Leaf> = supported
         .iter()
@@ -52,7 +57,11 @@ pub(crate) fn for_vcpu(supported: &[Leaf], tsc_deadline: bool, index: u32, count
                 if tsc_deadline {
                     leaf.ecx |= TSC_DEADLINE;
                 }
-                leaf.edx = if count > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
+                leaf.edx = if count > 1 {
+                    leaf.edx | HTT
+                } else {
+                    leaf.edx & !HTT
+                };
             }
             // Intel's caches: the last level is everybody's, the others a core's.
             4 if leaf.eax & 0x1f != 0 => {
@@ -83,12 +92,16 @@ pub(crate) fn for_vcpu(supported: &[Leaf], tsc_deadline: bool, index: u32, count
             _ => {}
         }
     }
-    let extensions =
-        leaves.iter().any(|l| l.function == 0x8000_0001 && l.ecx & TOPOLOGY_EXTENSIONS != 0);
+    let extensions = leaves
+        .iter()
+        .any(|l| l.function == 0x8000_0001 && l.ecx & TOPOLOGY_EXTENSIONS != 0);
     if !extensions {
         leaves.retain(|leaf| !matches!(leaf.function, 0x8000_001d | 0x8000_001e));
     }
-    let highest = leaves.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
+    let highest = leaves
+        .iter()
+        .find(|leaf| leaf.function == 0)
+        .map_or(0, |leaf| leaf.eax);
     for function in [0xb, 0x1f] {
         if highest >= function {
             leaves.extend(topology(function, core_bits, index, count));
@@ -108,7 +121,11 @@ fn topology(function: u32, core_bits: u32, index: u32, count: u32) -> [Leaf; 3] 
         ecx: (kind << 8) | number,
         edx: index,
     };
-    [level(0, LEVEL_SMT, 0, 1), level(1, LEVEL_CORE, core_bits, count), level(2, 0, 0, 0)]
+    [
+        level(0, LEVEL_SMT, 0, 1),
+        level(1, LEVEL_CORE, core_bits, count),
+        level(2, 0, 0, 0),
+    ]
 }
 
 /// Bits of an APIC id that number the cores.

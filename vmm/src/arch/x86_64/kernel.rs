@@ -142,10 +142,14 @@ impl KernelImage {
         // An arm64 Image (Documentation/arch/arm64/booting.rst) and a RISC-V one carry their magic
         // here, also when they start with the MZ of an EFI stub.
         if magic(0x38, b"ARM\x64") {
-            return Err(KernelError::WrongArchitecture { found: "arm64 (an Image)".into() });
+            return Err(KernelError::WrongArchitecture {
+                found: "arm64 (an Image)".into(),
+            });
         }
         if magic(0x38, b"RSC\x05") {
-            return Err(KernelError::WrongArchitecture { found: "RISC-V (an Image)".into() });
+            return Err(KernelError::WrongArchitecture {
+                found: "RISC-V (an Image)".into(),
+            });
         }
         if magic(0x202, &BZIMAGE_MAGIC.to_le_bytes()) {
             return Self::recognise_bzimage(&head[..have], len);
@@ -163,13 +167,20 @@ impl KernelImage {
                 });
             }
             [b'M', b'Z', ..] => "an EFI program without a Linux setup header".into(),
-            start => format!("a file that starts with {:02x?}", &start[..start.len().min(4)]),
+            start => format!(
+                "a file that starts with {:02x?}",
+                &start[..start.len().min(4)]
+            ),
         };
         Err(KernelError::Format { found })
     }
 
     fn recognise_elf(file: &File, len: u64) -> Result<Self, KernelError> {
-        let truncated = |what, needed| KernelError::Truncated { what, needed, found: len };
+        let truncated = |what, needed| KernelError::Truncated {
+            what,
+            needed,
+            found: len,
+        };
         let mut header = Elf64_Ehdr::default();
         let header_len = size_of::<Elf64_Ehdr>() as u64;
         if len < header_len {
@@ -179,12 +190,13 @@ impl KernelImage {
         let class = header.e_ident[4];
         let (machine, entry) = (header.e_machine, header.e_entry);
         if machine != EM_X86_64 || class != ELFCLASS64 {
-            return Err(KernelError::WrongArchitecture { found: machine_name(machine, class) });
+            return Err(KernelError::WrongArchitecture {
+                found: machine_name(machine, class),
+            });
         }
         let entry_len = size_of::<Elf64_Phdr>() as u64;
         let table = header.e_phoff;
-        let table_end =
-            table.saturating_add(u64::from(header.e_phnum).saturating_mul(entry_len));
+        let table_end = table.saturating_add(u64::from(header.e_phnum).saturating_mul(entry_len));
         if table_end > len {
             return Err(truncated("ELF program header table", table_end));
         }
@@ -204,7 +216,9 @@ impl KernelImage {
             end = end.max(segment.p_paddr.saturating_add(size));
         }
         if end == 0 {
-            return Err(KernelError::Format { found: "an ELF file without segments".into() });
+            return Err(KernelError::Format {
+                found: "an ELF file without segments".into(),
+            });
         }
         if start < layout::HIGH_RAM || end > layout::HOLE || !(start..end).contains(&entry) {
             return Err(KernelError::Placement { start, end });
@@ -218,7 +232,11 @@ impl KernelImage {
         let size = size_of::<setup_header>();
         let Some(bytes) = head.get(at..at + size) else {
             let needed = (at + size) as u64;
-            return Err(KernelError::Truncated { what: "setup header", needed, found: len });
+            return Err(KernelError::Truncated {
+                what: "setup header",
+                needed,
+                found: len,
+            });
         };
         header.as_mut_slice().copy_from_slice(bytes);
         let version = header.version;
@@ -226,11 +244,19 @@ impl KernelImage {
             return Err(KernelError::No64BitEntry { version });
         }
         // boot.rst: 0 means 4; the boot sector comes on top; syssize counts 16 bytes.
-        let sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+        let sectors = if header.setup_sects == 0 {
+            4
+        } else {
+            u64::from(header.setup_sects)
+        };
         let needed = (sectors + 1) * 512 + u64::from(header.syssize) * 16;
         // The last unit of syssize may reach beyond the file.
         if needed > len + 15 {
-            return Err(KernelError::Truncated { what: "compressed kernel", needed, found: len });
+            return Err(KernelError::Truncated {
+                what: "compressed kernel",
+                needed,
+                found: len,
+            });
         }
         let load = header.pref_address;
         let end = load.saturating_add(u64::from(header.init_size));
@@ -255,7 +281,10 @@ impl KernelImage {
     ) -> Result<LoadedKernel, LoadError> {
         let available = low_ram(memory);
         if self.end() > available {
-            return Err(LoadError::MemoryTooSmall { needed: self.end(), available });
+            return Err(LoadError::MemoryTooSmall {
+                needed: self.end(),
+                available,
+            });
         }
         let (loaded, entry) = match self {
             Self::Elf { .. } => {
@@ -269,7 +298,11 @@ impl KernelImage {
                 (loaded, load + BZIMAGE_ENTRY_64)
             }
         };
-        Ok(LoadedKernel { entry, end: self.end(), header: loaded.setup_header })
+        Ok(LoadedKernel {
+            entry,
+            end: self.end(),
+            header: loaded.setup_header,
+        })
     }
 }
 
@@ -281,9 +314,13 @@ pub(crate) fn load_initramfs(
     file: &mut File,
 ) -> Result<(u64, u64), LoadError> {
     let size = file.metadata().map_err(LoadError::Initramfs)?.len();
-    let reach = kernel.header.map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1);
+    let reach = kernel
+        .header
+        .map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1);
     let available = low_ram(memory).min(reach);
-    let start = available.checked_sub(size).map_or(0, |start| start & !0xfff);
+    let start = available
+        .checked_sub(size)
+        .map_or(0, |start| start & !0xfff);
     if start < kernel.end {
         let needed = kernel.end.saturating_add(size.next_multiple_of(4096));
         return Err(LoadError::MemoryTooSmall { needed, available });
@@ -297,7 +334,9 @@ pub(crate) fn load_initramfs(
 
 /// End of the RAM below the hole.
 fn low_ram(memory: &GuestMemory) -> u64 {
-    memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len)
+    memory
+        .find_region(GuestAddress(0))
+        .map_or(0, GuestMemoryRegion::len)
 }
 
 fn read_up_to(file: &File, buffer: &mut [u8]) -> io::Result<usize> {

@@ -71,7 +71,10 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     if size <= HOLE {
         vec![(GuestAddress(0), size)]
     } else {
-        vec![(GuestAddress(0), HOLE), (GuestAddress(HOLE_END), size - HOLE)]
+        vec![
+            (GuestAddress(0), HOLE),
+            (GuestAddress(HOLE_END), size - HOLE),
+        ]
     }
 }
 

@@ -120,7 +120,12 @@ pub struct Faults {
 
 impl Faults {
     pub(super) fn new(device: &str, interrupt: Interrupt, observer: Arc<FaultObserver>) -> Self {
-        Self { device: device.into(), interrupt, count: Arc::new(AtomicU64::new(0)), observer }
+        Self {
+            device: device.into(),
+            interrupt,
+            count: Arc::new(AtomicU64::new(0)),
+            observer,
+        }
     }
 
     /// Faults that are only counted.

@@ -90,7 +90,8 @@ impl Activation {
     /// # Errors
     /// [`ActivateError::MissingQueue`] when the driver did not make it ready.
     pub fn require_queue(&mut self, index: u16) -> Result<ActiveQueue, ActivateError> {
-        self.take_queue(index).ok_or(ActivateError::MissingQueue { index })
+        self.take_queue(index)
+            .ok_or(ActivateError::MissingQueue { index })
     }
 }
 

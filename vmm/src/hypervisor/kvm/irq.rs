@@ -19,8 +19,10 @@ pub struct KvmIrqLine {
 
 impl KvmIrqLine {
     pub(super) fn new(vm: Arc<VmFd>, pin: u32) -> Result<Self, HypervisorError> {
-        let edge = EventFd::new(EFD_NONBLOCK)
-            .map_err(|source| HypervisorError::Call { call: "eventfd", source })?;
+        let edge = EventFd::new(EFD_NONBLOCK).map_err(|source| HypervisorError::Call {
+            call: "eventfd",
+            source,
+        })?;
         vm.register_irqfd(&edge, pin).map_err(call("KVM_IRQFD"))?;
         Ok(Self { vm, pin, edge })
     }

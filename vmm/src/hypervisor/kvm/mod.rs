@@ -3,10 +3,10 @@
 #![allow(unsafe_code)]
 
 mod irq;
-mod vcpu;
-mod x86_64;
 #[cfg(test)]
 mod tests;
+mod vcpu;
+mod x86_64;
 
 use std::ffi::CString;
 use std::io;
@@ -59,7 +59,10 @@ impl Kvm {
             .map_err(|error| open_error(path, io::Error::from_raw_os_error(error.errno())))?;
         let found = fd.get_api_version();
         if i64::from(found) != i64::from(KVM_API_VERSION) {
-            return Err(HypervisorError::ApiVersion { path: path.into(), found });
+            return Err(HypervisorError::ApiVersion {
+                path: path.into(),
+                found,
+            });
         }
         check_capabilities(|capability| fd.check_extension(capability))?;
         let caps = Caps {
@@ -102,7 +105,10 @@ fn open_error(path: &Path, source: io::Error) -> HypervisorError {
 }
 
 fn check_capabilities(offers: impl Fn(Cap) -> bool) -> Result<(), HypervisorError> {
-    match NEEDED.into_iter().find(|(capability, _)| !offers(*capability)) {
+    match NEEDED
+        .into_iter()
+        .find(|(capability, _)| !offers(*capability))
+    {
         Some((_, name)) => Err(HypervisorError::Lacks { capability: name }),
         None => Ok(()),
     }
@@ -146,14 +152,20 @@ impl VmBackend for KvmVm {
     }
 
     fn unmap(&self, slot: u32) -> Result<(), HypervisorError> {
-        let region = kvm_userspace_memory_region { slot, ..Default::default() };
+        let region = kvm_userspace_memory_region {
+            slot,
+            ..Default::default()
+        };
         // SAFETY: size 0 deletes the slot and names no memory.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(call("KVM_SET_USER_MEMORY_REGION"))
     }
 
     fn create_vcpu(&self, index: u32) -> Result<KvmSeed, HypervisorError> {
-        let fd = self.fd.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU"))?;
+        let fd = self
+            .fd
+            .create_vcpu(u64::from(index))
+            .map_err(call("KVM_CREATE_VCPU"))?;
         Ok(KvmSeed::new(fd))
     }
 
@@ -167,8 +179,10 @@ impl VmBackend for KvmVm {
         value: u32,
         doorbell: &Doorbell,
     ) -> Result<Binding, HypervisorError> {
-        let event = event_fd(doorbell)
-            .map_err(|source| HypervisorError::Call { call: "dup", source })?;
+        let event = event_fd(doorbell).map_err(|source| HypervisorError::Call {
+            call: "dup",
+            source,
+        })?;
         self.fd
             .register_ioevent(&event, &IoEventAddress::Mmio(address), value)
             .map_err(call("KVM_IOEVENTFD"))?;

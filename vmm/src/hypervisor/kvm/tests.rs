@@ -143,7 +143,11 @@ impl Fixture {
         current::write_tables(&memory).unwrap();
         map_devices(&memory);
         memory.write_slice(code, GuestAddress(CODE)).unwrap();
-        Some(Self { vm, _memory: memory, caps: kvm.caps().clone() })
+        Some(Self {
+            vm,
+            _memory: memory,
+            caps: kvm.caps().clone(),
+        })
     }
 
     fn vcpu(&self) -> KvmVcpu {
@@ -169,31 +173,51 @@ fn map_devices(memory: &GuestMemory) {
     memory.write_obj(DEVICE_DIRECTORY | 3, pointer).unwrap();
     for index in 0..512u64 {
         let page = (0xc000_0000 + index * (2 << 20)) | 0x83;
-        memory.write_obj(page, GuestAddress(DEVICE_DIRECTORY + index * 8)).unwrap();
+        memory
+            .write_obj(page, GuestAddress(DEVICE_DIRECTORY + index * 8))
+            .unwrap();
     }
 }
 
 #[test]
 fn ports_are_read_and_written() {
-    let Some(fixture) = Fixture::new(ports()) else { return };
+    let Some(fixture) = Fixture::new(ports()) else {
+        return;
+    };
     let mut vcpu = fixture.vcpu();
     match vcpu.run() {
-        VcpuExit::PioWrite { port: 0x3f8, size: 1, data: [0x41] } => {}
+        VcpuExit::PioWrite {
+            port: 0x3f8,
+            size: 1,
+            data: [0x41],
+        } => {}
         other => panic!("{other:?}"),
     }
     match vcpu.run() {
-        VcpuExit::PioRead { port: 0x3f8, size: 1, data } => data[0] = 0x60,
+        VcpuExit::PioRead {
+            port: 0x3f8,
+            size: 1,
+            data,
+        } => data[0] = 0x60,
         other => panic!("{other:?}"),
     }
     match vcpu.run() {
-        VcpuExit::PioWrite { port: 0x3f8, size: 1, data: [0x61] } => {}
+        VcpuExit::PioWrite {
+            port: 0x3f8,
+            size: 1,
+            data: [0x61],
+        } => {}
         other => panic!("{other:?}"),
     }
     // A string instruction may come as one exit or as several.
     let mut text = Vec::new();
     loop {
         match vcpu.run() {
-            VcpuExit::PioWrite { port: 0x3f8, size: 1, data } => text.extend_from_slice(data),
+            VcpuExit::PioWrite {
+                port: 0x3f8,
+                size: 1,
+                data,
+            } => text.extend_from_slice(data),
             VcpuExit::Shutdown => break,
             other => panic!("{other:?}"),
         }
@@ -203,28 +227,42 @@ fn ports_are_read_and_written() {
 
 #[test]
 fn device_memory_is_read_and_written_with_its_width() {
-    let Some(fixture) = Fixture::new(mmio()) else { return };
+    let Some(fixture) = Fixture::new(mmio()) else {
+        return;
+    };
     let mut vcpu = fixture.vcpu();
     match vcpu.run() {
-        VcpuExit::MmioRead { address: 0xd000_0004, data } => {
+        VcpuExit::MmioRead {
+            address: 0xd000_0004,
+            data,
+        } => {
             data.copy_from_slice(&0x0102_0304u32.to_le_bytes());
         }
         other => panic!("{other:?}"),
     }
     match vcpu.run() {
-        VcpuExit::MmioWrite { address: 0xd000_0008, data } => {
+        VcpuExit::MmioWrite {
+            address: 0xd000_0008,
+            data,
+        } => {
             assert_eq!(data, 0x0102_0305u32.to_le_bytes());
         }
         other => panic!("{other:?}"),
     }
     match vcpu.run() {
-        VcpuExit::MmioRead { address: 0xd000_0000, data } => {
+        VcpuExit::MmioRead {
+            address: 0xd000_0000,
+            data,
+        } => {
             data.copy_from_slice(&0x1122_3344_5566_7788u64.to_le_bytes());
         }
         other => panic!("{other:?}"),
     }
     match vcpu.run() {
-        VcpuExit::MmioWrite { address: 0xd000_0000, data } => assert_eq!(data, [0x88, 0x77]),
+        VcpuExit::MmioWrite {
+            address: 0xd000_0000,
+            data,
+        } => assert_eq!(data, [0x88, 0x77]),
         other => panic!("{other:?}"),
     }
     assert!(matches!(vcpu.run(), VcpuExit::Shutdown));
@@ -232,7 +270,9 @@ fn device_memory_is_read_and_written_with_its_width() {
 
 #[test]
 fn a_bound_doorbell_rings_without_an_exit_and_only_for_its_value() {
-    let Some(fixture) = Fixture::new(doorbells()) else { return };
+    let Some(fixture) = Fixture::new(doorbells()) else {
+        return;
+    };
     let (bound, other) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
     for (value, bell) in [(1, &bound), (3, &other)] {
         let binding = fixture.vm.bind_doorbell(0xd000_0050, value, bell).unwrap();
@@ -240,7 +280,10 @@ fn a_bound_doorbell_rings_without_an_exit_and_only_for_its_value() {
     }
     let mut vcpu = fixture.vcpu();
     match vcpu.run() {
-        VcpuExit::MmioWrite { address: 0xd000_0050, data: [2, 0, 0, 0] } => {}
+        VcpuExit::MmioWrite {
+            address: 0xd000_0050,
+            data: [2, 0, 0, 0],
+        } => {}
         other => panic!("{other:?}"),
     }
     assert!(bound.clear().unwrap());
@@ -249,8 +292,13 @@ fn a_bound_doorbell_rings_without_an_exit_and_only_for_its_value() {
 
 #[test]
 fn lines_of_one_pin_each_interrupt_the_guest() {
-    let Some(fixture) = Fixture::new(interrupts()) else { return };
-    let lines = [fixture.vm.irq_line(5).unwrap(), fixture.vm.irq_line(5).unwrap()];
+    let Some(fixture) = Fixture::new(interrupts()) else {
+        return;
+    };
+    let lines = [
+        fixture.vm.irq_line(5).unwrap(),
+        fixture.vm.irq_line(5).unwrap(),
+    ];
     let mut vcpu = fixture.vcpu();
     let mut expect = |expected: u16| match vcpu.run() {
         VcpuExit::PioWrite { port, .. } => assert_eq!(port, expected),
@@ -268,7 +316,9 @@ fn lines_of_one_pin_each_interrupt_the_guest() {
 
 #[test]
 fn a_kick_ends_a_guest_that_never_exits() {
-    let Some(fixture) = Fixture::new(spin()) else { return };
+    let Some(fixture) = Fixture::new(spin()) else {
+        return;
+    };
     let seed = fixture.vm.create_vcpu(0).unwrap();
     let (kicker, setup) = (seed.kicker(), fixture.setup());
     let out = AtomicBool::new(false);
@@ -293,7 +343,9 @@ fn a_kick_ends_a_guest_that_never_exits() {
 
 #[test]
 fn a_kick_before_the_run_is_not_lost_and_counts_once() {
-    let Some(fixture) = Fixture::new(ports()) else { return };
+    let Some(fixture) = Fixture::new(ports()) else {
+        return;
+    };
     let seed = fixture.vm.create_vcpu(0).unwrap();
     let kicker = seed.kicker();
     kicker.kick();
@@ -305,7 +357,9 @@ fn a_kick_before_the_run_is_not_lost_and_counts_once() {
 
 #[test]
 fn a_seed_that_is_never_bound_disarms_its_kicker() {
-    let Some(fixture) = Fixture::new(spin()) else { return };
+    let Some(fixture) = Fixture::new(spin()) else {
+        return;
+    };
     let kicker = fixture.vm.create_vcpu(0).unwrap().kicker();
     kicker.kick();
 }
@@ -321,16 +375,31 @@ fn a_host_without_kvm_says_so() {
 fn a_file_that_is_not_kvm_is_not_taken_for_it() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let error = Kvm::open_at(file.path()).unwrap_err();
-    assert!(matches!(error, HypervisorError::ApiVersion { found: -1, .. }), "{error}");
+    assert!(
+        matches!(error, HypervisorError::ApiVersion { found: -1, .. }),
+        "{error}"
+    );
 }
 
 #[test]
 fn what_open_answers_is_told_apart() {
     let error = |number| open_error(Path::new(DEVICE), io::Error::from_raw_os_error(number));
-    assert!(matches!(error(libc::ENOENT), HypervisorError::Absent { .. }));
-    assert!(matches!(error(libc::ENODEV), HypervisorError::Absent { .. }));
-    assert!(matches!(error(libc::EACCES), HypervisorError::Forbidden { .. }));
-    assert!(matches!(error(libc::EPERM), HypervisorError::Forbidden { .. }));
+    assert!(matches!(
+        error(libc::ENOENT),
+        HypervisorError::Absent { .. }
+    ));
+    assert!(matches!(
+        error(libc::ENODEV),
+        HypervisorError::Absent { .. }
+    ));
+    assert!(matches!(
+        error(libc::EACCES),
+        HypervisorError::Forbidden { .. }
+    ));
+    assert!(matches!(
+        error(libc::EPERM),
+        HypervisorError::Forbidden { .. }
+    ));
     assert!(matches!(error(libc::EMFILE), HypervisorError::Open { .. }));
 }
 
@@ -339,7 +408,7 @@ fn a_forbidden_device_is_forbidden() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("kvm");
     File::create(&path).unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o000);
     std::fs::set_permissions(&path, mode).unwrap();
     match Kvm::open_at(&path).unwrap_err() {
         HypervisorError::Forbidden { .. } => {}
@@ -354,6 +423,11 @@ fn a_missing_capability_is_named() {
     assert!(check_capabilities(|_| true).is_ok());
     let error = check_capabilities(|capability| capability as u32 != Cap::Irqfd as u32);
     let error = error.unwrap_err();
-    assert!(matches!(error, HypervisorError::Lacks { capability: "KVM_CAP_IRQFD" }));
+    assert!(matches!(
+        error,
+        HypervisorError::Lacks {
+            capability: "KVM_CAP_IRQFD"
+        }
+    ));
     assert_eq!(error.to_string(), "KVM of this host lacks KVM_CAP_IRQFD");
 }

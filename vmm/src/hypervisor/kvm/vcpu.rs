@@ -23,8 +23,16 @@ pub struct KvmSeed {
 impl KvmSeed {
     pub(super) fn new(mut fd: VcpuFd) -> Self {
         let run: *mut kvm_run = fd.get_kvm_run();
-        let target = Target { run: Some(RunPage(run)), thread: None };
-        Self { target: Registered(KvmKicker { target: Arc::new(Mutex::new(target)) }), fd }
+        let target = Target {
+            run: Some(RunPage(run)),
+            thread: None,
+        };
+        Self {
+            target: Registered(KvmKicker {
+                target: Arc::new(Mutex::new(target)),
+            }),
+            fd,
+        }
     }
 }
 
@@ -41,7 +49,10 @@ impl VcpuSeed for KvmSeed {
         // SAFETY: pthread_self has no preconditions.
         let thread = unsafe { libc::pthread_self() };
         self.target.0.lock().thread = Some(thread);
-        Ok(KvmVcpu { _target: self.target, fd: self.fd })
+        Ok(KvmVcpu {
+            _target: self.target,
+            fd: self.fd,
+        })
     }
 }
 
@@ -51,7 +62,10 @@ struct Registered(KvmKicker);
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        *self.0.lock() = Target { run: None, thread: None };
+        *self.0.lock() = Target {
+            run: None,
+            thread: None,
+        };
     }
 }
 
@@ -81,7 +95,9 @@ impl Vcpu for KvmVcpu {
                 }
                 // A processor that waits to be started was woken for something else.
                 libc::EAGAIN => VcpuExit::Kicked,
-                _ => VcpuExit::Fault(Fault::Run { error: error.to_string() }),
+                _ => VcpuExit::Fault(Fault::Run {
+                    error: error.to_string(),
+                }),
             },
         }
     }
@@ -93,31 +109,49 @@ fn translate(exit: kvm_ioctls::VcpuExit<'_>, run: *const kvm_run) -> VcpuExit<'_
     match exit {
         Kvm::MmioRead(address, data) => VcpuExit::MmioRead { address, data },
         Kvm::MmioWrite(address, data) => VcpuExit::MmioWrite { address, data },
-        Kvm::IoIn(port, data) => VcpuExit::PioRead { port, size: port_width(run), data },
-        Kvm::IoOut(port, data) => VcpuExit::PioWrite { port, size: port_width(run), data },
+        Kvm::IoIn(port, data) => VcpuExit::PioRead {
+            port,
+            size: port_width(run),
+            data,
+        },
+        Kvm::IoOut(port, data) => VcpuExit::PioWrite {
+            port,
+            size: port_width(run),
+            data,
+        },
         Kvm::Shutdown => VcpuExit::Shutdown,
         Kvm::Intr | Kvm::IrqWindowOpen => VcpuExit::Kicked,
         Kvm::SystemEvent(event, _) => match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => VcpuExit::SystemOff,
             KVM_SYSTEM_EVENT_RESET => VcpuExit::SystemReset,
             KVM_SYSTEM_EVENT_CRASH => unexpected("SystemEvent(crash)"),
-            other => VcpuExit::Fault(Fault::Unexpected { what: format!("SystemEvent({other})") }),
+            other => VcpuExit::Fault(Fault::Unexpected {
+                what: format!("SystemEvent({other})"),
+            }),
         },
         Kvm::FailEntry(reason, _) => VcpuExit::Fault(Fault::EntryFailed { reason }),
         Kvm::InternalError => {
             // SAFETY: `run` points to this vCPU's run page, mapped as long as its descriptor is
             // open, and its exit reason says which field of the union is meant.
             let internal = unsafe { (*run).__bindgen_anon_1.internal };
-            let details = internal.data.iter().take(internal.ndata as usize).copied().collect();
-            VcpuExit::Fault(Fault::Emulation { suberror: internal.suberror, details })
+            let details = internal
+                .data
+                .iter()
+                .take(internal.ndata as usize)
+                .copied()
+                .collect();
+            VcpuExit::Fault(Fault::Emulation {
+                suberror: internal.suberror,
+                details,
+            })
         }
-        Kvm::MemoryFault { gpa, size, .. } => {
-            VcpuExit::Fault(Fault::Memory { address: gpa, size })
-        }
-        Kvm::Unsupported(number) => {
-            VcpuExit::Fault(Fault::Unexpected { what: format!("number {number}") })
-        }
-        other => VcpuExit::Fault(Fault::Unexpected { what: format!("{other:?}") }),
+        Kvm::MemoryFault { gpa, size, .. } => VcpuExit::Fault(Fault::Memory { address: gpa, size }),
+        Kvm::Unsupported(number) => VcpuExit::Fault(Fault::Unexpected {
+            what: format!("number {number}"),
+        }),
+        other => VcpuExit::Fault(Fault::Unexpected {
+            what: format!("{other:?}"),
+        }),
     }
 }
 
@@ -159,7 +193,9 @@ impl KvmKicker {
 impl Kicker for KvmKicker {
     fn kick(&self) {
         let target = self.lock();
-        let Some(RunPage(run)) = target.run else { return };
+        let Some(RunPage(run)) = target.run else {
+            return;
+        };
         // SAFETY: the page is mapped: the vCPU removes it from the target, under this lock, before
         // it is closed.
         unsafe { immediate_exit(run) }.store(1, Ordering::SeqCst);
@@ -204,7 +240,10 @@ fn install_handler() -> Result<(), HypervisorError> {
         let result = libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
         if result != 0 {
             let source = std::io::Error::from_raw_os_error(result);
-            return Err(HypervisorError::Call { call: "pthread_sigmask", source });
+            return Err(HypervisorError::Call {
+                call: "pthread_sigmask",
+                source,
+            });
         }
     }
     Ok(())

@@ -47,7 +47,10 @@ pub(super) fn cpu_caps(kvm: &Kvm) -> Result<CpuCaps, HypervisorError> {
             edx: entry.edx,
         })
         .collect();
-    Ok(CpuCaps { cpuid, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
+    Ok(CpuCaps {
+        cpuid,
+        tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+    })
 }
 
 /// Interrupt controllers. No PIT: with kvm-clock and the TSC deadline timer nobody needs one.
@@ -62,7 +65,8 @@ pub(super) fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
         args: [u64::from(KVM_X86_QUIRK_LINT0_REENABLED), 0, 0, 0],
         ..Default::default()
     };
-    vm.enable_cap(&quirks).map_err(call("KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS)"))?;
+    vm.enable_cap(&quirks)
+        .map_err(call("KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS)"))?;
     vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
     let pins: Vec<_> = (0..layout::PINS).map(ioapic_route).collect();
     let too_many = |_| HypervisorError::Call {
@@ -70,7 +74,8 @@ pub(super) fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
         source: std::io::Error::from_raw_os_error(libc::E2BIG),
     };
     let routing = KvmIrqRouting::from_entries(&pins).map_err(too_many)?;
-    vm.set_gsi_routing(&routing).map_err(call("KVM_SET_GSI_ROUTING"))
+    vm.set_gsi_routing(&routing)
+        .map_err(call("KVM_SET_GSI_ROUTING"))
 }
 
 /// Interrupt `pin` is that pin of the I/O APIC and nothing else.
@@ -79,7 +84,10 @@ fn ioapic_route(pin: u32) -> kvm_irq_routing_entry {
         gsi: pin,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
         u: kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin },
+            irqchip: kvm_irq_routing_irqchip {
+                irqchip: KVM_IRQCHIP_IOAPIC,
+                pin,
+            },
         },
         ..Default::default()
     }
@@ -117,7 +125,11 @@ fn set_cpuid(fd: &VcpuFd, leaves: &[Leaf]) -> Result<(), HypervisorError> {
 }
 
 fn set_msrs(fd: &VcpuFd) -> Result<(), HypervisorError> {
-    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let msr = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
     let entries = [
         msr(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS),
         msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
@@ -128,7 +140,11 @@ fn set_msrs(fd: &VcpuFd) -> Result<(), HypervisorError> {
     };
     let msrs = Msrs::from_entries(&entries).map_err(|_| refused())?;
     let set = fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
-    if set == entries.len() { Ok(()) } else { Err(refused()) }
+    if set == entries.len() {
+        Ok(())
+    } else {
+        Err(refused())
+    }
 }
 
 /// 64-bit mode, paging on, flat segments, interrupts off (boot.rst, "64-bit Boot Protocol").
@@ -145,10 +161,19 @@ fn set_entry(fd: &VcpuFd, entry: Entry) -> Result<(), HypervisorError> {
     sregs.efer |= EFER_LME | EFER_LMA;
     fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
 
-    let regs = kvm_regs { rip: entry.rip, rsi: entry.rsi, rflags: RFLAGS, ..Default::default() };
+    let regs = kvm_regs {
+        rip: entry.rip,
+        rsi: entry.rsi,
+        rflags: RFLAGS,
+        ..Default::default()
+    };
     fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
     // As after FINIT, with all exceptions masked.
-    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    let fpu = kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    };
     fd.set_fpu(&fpu).map_err(call("KVM_SET_FPU"))
 }
 

@@ -114,7 +114,10 @@ impl MmioTransport {
     pub fn new(device: Box<dyn VirtioDevice>, parts: MmioParts) -> std::io::Result<Self> {
         let lines = Lines::new(parts.raise);
         let sizes = device.queue_max_sizes();
-        let doorbells = sizes.iter().map(|_| Doorbell::new()).collect::<Result<_, _>>()?;
+        let doorbells = sizes
+            .iter()
+            .map(|_| Doorbell::new())
+            .collect::<Result<_, _>>()?;
         let interrupt = Interrupt::new(Arc::clone(&lines));
         let faults = Faults::new(device.id(), interrupt, parts.observer);
         let state = State {
@@ -125,10 +128,17 @@ impl MmioTransport {
             selected: 0,
             queues: sizes.into_iter().map(QueueRegisters::new).collect(),
             device,
-            parts: Parts { memory: parts.memory, reactor: parts.reactor },
+            parts: Parts {
+                memory: parts.memory,
+                reactor: parts.reactor,
+            },
             faults,
         };
-        Ok(Self { lines, doorbells, state: Mutex::new(state) })
+        Ok(Self {
+            lines,
+            doorbells,
+            state: Mutex::new(state),
+        })
     }
 
     /// The doorbell of each queue, in index order.
@@ -165,8 +175,12 @@ impl MmioTransport {
         match offset {
             DEVICE_ID => state.device.device_type(),
             DEVICE_FEATURES => page(state.offered, state.offered_page),
-            QUEUE_SIZE_MAX => state.selected_queue().map_or(0, |queue| u32::from(queue.max_size)),
-            QUEUE_READY => state.selected_queue().map_or(0, |queue| u32::from(queue.ready)),
+            QUEUE_SIZE_MAX => state
+                .selected_queue()
+                .map_or(0, |queue| u32::from(queue.max_size)),
+            QUEUE_READY => state
+                .selected_queue()
+                .map_or(0, |queue| u32::from(queue.ready)),
             _ => 0,
         }
     }
@@ -183,7 +197,9 @@ impl MmioTransport {
                 return;
             }
             INTERRUPT_ACK => {
-                self.lines.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+                self.lines
+                    .interrupt_status
+                    .fetch_and(!value, Ordering::SeqCst);
                 return;
             }
             _ => {}
@@ -245,7 +261,11 @@ impl MmioTransport {
             }
             let memory = state.parts.memory.clone();
             let queue = Virtqueue::new(index, memory, registers.to_queue()?, event_idx)?;
-            queues.push(ActiveQueue { index, queue, doorbell: doorbell.try_clone()? });
+            queues.push(ActiveQueue {
+                index,
+                queue,
+                doorbell: doorbell.try_clone()?,
+            });
         }
         state.device.activate(Activation {
             memory: state.parts.memory.clone(),
@@ -308,7 +328,9 @@ impl BusDevice for MmioTransport {
         }
         // 4.2.2.2: registers are read and written as aligned 32-bit words.
         match <&mut [u8; 4]>::try_from(&mut *data) {
-            Ok(word) if offset % 4 == 0 => *word = self.read_register(offset).to_le_bytes(),
+            Ok(word) if offset.is_multiple_of(4) => {
+                *word = self.read_register(offset).to_le_bytes()
+            }
             _ => data.fill(0),
         }
     }
@@ -328,7 +350,9 @@ impl BusDevice for MmioTransport {
 
 impl fmt::Debug for MmioTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MmioTransport").field("status", &self.status()).finish_non_exhaustive()
+        f.debug_struct("MmioTransport")
+            .field("status", &self.status())
+            .finish_non_exhaustive()
     }
 }
 

@@ -20,7 +20,14 @@ pub(super) struct QueueRegisters {
 impl QueueRegisters {
     pub(super) fn new(max_size: u16) -> Self {
         let size = u32::from(max_size);
-        Self { max_size, ready: false, size, descriptors: 0, driver: 0, device: 0 }
+        Self {
+            max_size,
+            ready: false,
+            size,
+            descriptors: 0,
+            driver: 0,
+            device: 0,
+        }
     }
 
     pub(super) fn write(&mut self, offset: u64, value: u32) {
@@ -47,9 +54,11 @@ impl QueueRegisters {
             |register: &'static str, value: u64| ActivateError::Register { register, value };
         let mut queue = Queue::new(self.max_size)
             .map_err(|_| refused("QueueNumMax", u64::from(self.max_size)))?;
-        let size = u16::try_from(self.size)
-            .map_err(|_| refused("QueueNum", u64::from(self.size)))?;
-        queue.try_set_size(size).map_err(|_| refused("QueueNum", u64::from(size)))?;
+        let size =
+            u16::try_from(self.size).map_err(|_| refused("QueueNum", u64::from(self.size)))?;
+        queue
+            .try_set_size(size)
+            .map_err(|_| refused("QueueNum", u64::from(size)))?;
         queue
             .try_set_desc_table_address(GuestAddress(self.descriptors))
             .map_err(|_| refused("QueueDesc", self.descriptors))?;

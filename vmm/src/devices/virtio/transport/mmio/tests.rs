@@ -54,13 +54,23 @@ impl VirtioDevice for Probe {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let call = Call::WriteConfig { offset, len: data.len() };
+        let call = Call::WriteConfig {
+            offset,
+            len: data.len(),
+        };
         self.0.calls.lock().unwrap().push(call);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let queues = activation.queues.iter().map(|queue| queue.index).collect::<Vec<_>>();
-        let call = Call::Activate { queues: queues.clone(), features: activation.features };
+        let queues = activation
+            .queues
+            .iter()
+            .map(|queue| queue.index)
+            .collect::<Vec<_>>();
+        let call = Call::Activate {
+            queues: queues.clone(),
+            features: activation.features,
+        };
         self.0.calls.lock().unwrap().push(call);
         if !queues.contains(&0) {
             return Err(ActivateError::MissingQueue { index: 0 });
@@ -97,11 +107,19 @@ impl Fixture {
                 counter.fetch_add(1, Ordering::SeqCst);
             }),
             observer: Arc::new(move |device, reason| {
-                list.lock().unwrap().push((device.to_owned(), reason.to_owned()));
+                list.lock()
+                    .unwrap()
+                    .push((device.to_owned(), reason.to_owned()));
             }),
         };
         let transport = MmioTransport::new(Box::new(Probe(log.clone())), parts).unwrap();
-        Self { transport, log, edges, faults, _reactor: reactor }
+        Self {
+            transport,
+            log,
+            edges,
+            faults,
+            _reactor: reactor,
+        }
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -111,7 +129,11 @@ impl Fixture {
     }
 
     fn write(&self, offset: u64, value: u32) {
-        assert!(self.transport.write(offset, &value.to_le_bytes()).is_continue());
+        assert!(
+            self.transport
+                .write(offset, &value.to_le_bytes())
+                .is_continue()
+        );
     }
 
     fn accept(&self, features: u64) {
@@ -133,9 +155,11 @@ impl Fixture {
     fn configure_queue(&self, index: u32, size: u32, base: u32) {
         self.write(QUEUE_SELECT, index);
         self.write(QUEUE_SIZE, size);
-        for (register, address) in
-            [(QUEUE_DESCRIPTORS, base), (QUEUE_DRIVER, base + 0x1000), (QUEUE_DEVICE, base + 0x2000)]
-        {
+        for (register, address) in [
+            (QUEUE_DESCRIPTORS, base),
+            (QUEUE_DRIVER, base + 0x1000),
+            (QUEUE_DEVICE, base + 0x2000),
+        ] {
             self.write(register, address);
             self.write(register + 4, 0);
         }
@@ -180,7 +204,13 @@ fn a_driver_finds_and_starts_the_device() {
     fixture.write(STATUS, UP);
     assert_eq!(fixture.read(STATUS), UP);
     let features = F_VERSION_1 | F_RING_EVENT_IDX | 1;
-    assert_eq!(fixture.log.calls(), [Call::Activate { queues: vec![0, 1], features }]);
+    assert_eq!(
+        fixture.log.calls(),
+        [Call::Activate {
+            queues: vec![0, 1],
+            features
+        }]
+    );
 }
 
 #[test]
@@ -238,7 +268,15 @@ fn bits_of_the_status_are_never_taken_back_but_by_reset() {
 fn reset_forgets_queues_features_interrupts_and_rings() {
     let fixture = Fixture::new();
     fixture.start();
-    fixture.log.activation.lock().unwrap().as_ref().unwrap().interrupt.config();
+    fixture
+        .log
+        .activation
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .interrupt
+        .config();
     fixture.write(QUEUE_NOTIFY, 0);
     assert_ne!(fixture.read(INTERRUPT_STATUS), 0);
 
@@ -248,17 +286,32 @@ fn reset_forgets_queues_features_interrupts_and_rings() {
     assert!(!fixture.transport.doorbells()[0].clear().unwrap());
     assert!(fixture.negotiate(F_VERSION_1));
     fixture.write(STATUS, UP);
-    assert_eq!(fixture.read(STATUS), UP | NEEDS_RESET, "no queue is left from before");
+    assert_eq!(
+        fixture.read(STATUS),
+        UP | NEEDS_RESET,
+        "no queue is left from before"
+    );
 }
 
 #[test]
 fn a_device_that_cannot_start_needs_a_reset_and_the_vm_goes_on() {
-    let cases: [(&str, fn(&Fixture)); 5] = [
-        ("left queue 0 unconfigured", |fixture| fixture.configure_queue(1, 64, 0x1_0000)),
-        ("QueueNum", |fixture| fixture.configure_queue(0, 100, 0x1_0000)),
-        ("QueueNum", |fixture| fixture.configure_queue(0, 0x1_0100, 0x1_0000)),
-        ("QueueDesc", |fixture| fixture.configure_queue(0, 128, 0x1_0001)),
-        ("Queue refused", |fixture| fixture.configure_queue(0, 128, 0xf_f000)),
+    type Configure = fn(&Fixture);
+    let cases: [(&str, Configure); 5] = [
+        ("left queue 0 unconfigured", |fixture| {
+            fixture.configure_queue(1, 64, 0x1_0000)
+        }),
+        ("QueueNum", |fixture| {
+            fixture.configure_queue(0, 100, 0x1_0000)
+        }),
+        ("QueueNum", |fixture| {
+            fixture.configure_queue(0, 0x1_0100, 0x1_0000)
+        }),
+        ("QueueDesc", |fixture| {
+            fixture.configure_queue(0, 128, 0x1_0001)
+        }),
+        ("Queue refused", |fixture| {
+            fixture.configure_queue(0, 128, 0xf_f000)
+        }),
     ];
     for (reason, configure) in cases {
         let fixture = Fixture::new();
@@ -269,7 +322,10 @@ fn a_device_that_cannot_start_needs_a_reset_and_the_vm_goes_on() {
         assert_eq!(fixture.read(INTERRUPT_STATUS), 2, "{reason}");
         assert_eq!(fixture.edges.load(Ordering::SeqCst), 1, "{reason}");
         let faults = fixture.faults.lock().unwrap().clone();
-        assert!(faults[0].0 == "probe0" && faults[0].1.contains(reason), "{faults:?}");
+        assert!(
+            faults[0].0 == "probe0" && faults[0].1.contains(reason),
+            "{faults:?}"
+        );
         // A reset makes it whole again.
         fixture.write(STATUS, 0);
         fixture.start();
@@ -281,7 +337,15 @@ fn a_device_that_cannot_start_needs_a_reset_and_the_vm_goes_on() {
 fn a_fault_of_the_worker_shows_at_once() {
     let fixture = Fixture::new();
     fixture.start();
-    let faults = fixture.log.activation.lock().unwrap().as_ref().unwrap().faults.clone();
+    let faults = fixture
+        .log
+        .activation
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .faults
+        .clone();
     let generation = fixture.read(CONFIG_GENERATION);
     faults.needs_reset(&"ring is nonsense");
     assert_eq!(fixture.read(STATUS), UP | NEEDS_RESET);
@@ -295,7 +359,15 @@ fn a_fault_of_the_worker_shows_at_once() {
 fn faults_are_told_ever_more_rarely_and_all_counted() {
     let fixture = Fixture::new();
     fixture.start();
-    let faults = fixture.log.activation.lock().unwrap().as_ref().unwrap().faults.clone();
+    let faults = fixture
+        .log
+        .activation
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .faults
+        .clone();
     for _ in 0..1000 {
         faults.needs_reset(&"again");
     }
@@ -307,11 +379,23 @@ fn faults_are_told_ever_more_rarely_and_all_counted() {
 fn interrupt_bits_stay_until_they_are_acknowledged() {
     let fixture = Fixture::new();
     fixture.start();
-    let interrupt = fixture.log.activation.lock().unwrap().as_ref().unwrap().interrupt.clone();
+    let interrupt = fixture
+        .log
+        .activation
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .interrupt
+        .clone();
     interrupt.config();
     interrupt.config();
     assert_eq!(fixture.read(INTERRUPT_STATUS), 2);
-    assert_eq!(fixture.edges.load(Ordering::SeqCst), 2, "every update is followed by an edge");
+    assert_eq!(
+        fixture.edges.load(Ordering::SeqCst),
+        2,
+        "every update is followed by an edge"
+    );
     fixture.write(INTERRUPT_ACK, 1);
     assert_eq!(fixture.read(INTERRUPT_STATUS), 2);
     fixture.write(INTERRUPT_ACK, 2);
@@ -324,8 +408,12 @@ fn notifications_that_exit_ring_the_queue_they_name() {
     fixture.write(QUEUE_NOTIFY, 1);
     fixture.write(QUEUE_NOTIFY, 2);
     fixture.write(QUEUE_NOTIFY, u32::MAX);
-    let ringing: Vec<_> =
-        fixture.transport.doorbells().iter().map(|bell| bell.clear().unwrap()).collect();
+    let ringing: Vec<_> = fixture
+        .transport
+        .doorbells()
+        .iter()
+        .map(|bell| bell.clear().unwrap())
+        .collect();
     assert_eq!(ringing, [false, true]);
 }
 
@@ -349,7 +437,10 @@ fn configuration_takes_every_width_and_registers_only_words() {
     fixture.write(STATUS, ACKNOWLEDGE);
     fixture.write(STATUS, ACKNOWLEDGE | DRIVER);
     assert!(fixture.transport.write(CONFIG + 4, &[0; 2]).is_continue());
-    assert_eq!(fixture.log.calls(), [Call::WriteConfig { offset: 4, len: 2 }]);
+    assert_eq!(
+        fixture.log.calls(),
+        [Call::WriteConfig { offset: 4, len: 2 }]
+    );
     // No shared memory region exists: length -1.
     assert_eq!(fixture.read(SHM_FIRST), u32::MAX);
     assert_eq!(fixture.read(SHM_LAST), u32::MAX);
