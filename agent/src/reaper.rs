@@ -8,11 +8,12 @@ use std::io;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::libc;
 use nix::unistd::Pid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
+
+use crate::sys;
 
 /// How a process ended, as a shell sees it: its exit code, or 128 + the signal's number.
 pub(crate) type ExitStatus = u32;
@@ -70,16 +71,17 @@ impl Reaper {
     fn reap(&self) {
         let mut watched = self.watched();
         loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, u32::try_from(code).unwrap_or(255)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                // EINVAL: killed by a real-time signal, for which nix has no name; it was reaped.
-                Ok(_) | Err(Errno::EINTR | Errno::EINVAL) => continue,
-                Err(error) => {
-                    tracing::error!(%error, "cannot wait for children");
-                    return;
-                }
+            let (pid, status) = match sys::reap_any() {
+                Ok(Some(reaped)) => reaped,
+                Ok(None) => return,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ECHILD) => return,
+                    Some(libc::EINTR) => continue,
+                    _ => {
+                        tracing::error!(%error, "cannot wait for children");
+                        return;
+                    }
+                },
             };
             tracing::debug!(pid = pid.as_raw(), status, "reaped");
             if let Some(exited) = watched.remove(&pid) {

@@ -137,3 +137,22 @@ pub(crate) fn readable<T: AsRawFd + AsFd>(owner: T) -> io::Result<AsyncFd<T>> {
     // the same number for as long as it lives.
     Ok(unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }?)
 }
+
+/// Reaps one child that has ended, without waiting for any: its number, and its exit code or 128 +
+/// the signal's number. (nix's `waitpid` fails for real-time signals, which would lose the exit.)
+pub(crate) fn reap_any() -> io::Result<Option<(Pid, u32)>> {
+    let mut status = 0;
+    // SAFETY: `status` is where the kernel puts one int.
+    match unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) } {
+        0 => Ok(None),
+        pid if pid > 0 => {
+            let code = if libc::WIFSIGNALED(status) {
+                128 + libc::WTERMSIG(status)
+            } else {
+                libc::WEXITSTATUS(status)
+            };
+            Ok(Some((Pid::from_raw(pid), code.unsigned_abs())))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -150,6 +150,15 @@ fn killed_by_signals() -> Outcome {
             .await
             .unwrap();
         assert_eq!(machine.exit("b", "").await, 128 + SIGKILL as u32);
+
+        // A real-time signal, for which there is no name. (An init's own namespace shields it.)
+        machine.run("c", &spec(&["sleep", "1000"])).await;
+        machine
+            .exec("c", "e", &process(&["sleep", "1000"]))
+            .await
+            .unwrap();
+        machine.signal("c", "e", 40, false).await.unwrap();
+        assert_eq!(machine.exit("c", "e").await, 168);
     })
 }
 
