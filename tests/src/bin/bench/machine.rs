@@ -1,0 +1,223 @@
+//! The same guest on our VMM and on QEMU: same kernel, initramfs, command line, processor, memory
+//! and disk.
+
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use supermachine_vmm::control::{
+    BootSpec, ConsoleSpec, DiskSpec, Event, Exit, SpawnConfig, VmHandle, VsockSpec,
+};
+
+use crate::guest::{self, Init};
+use crate::trace;
+
+const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t tsc=reliable";
+const MEMORY: u64 = 128 << 20;
+const DISK: u64 = 16 << 20;
+/// The longest a guest may take on an emulated machine.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The files of the bare guest.
+#[derive(Debug)]
+pub(crate) struct Files {
+    /// An ELF kernel.
+    pub(crate) kernel: PathBuf,
+    /// The agent's initramfs, where it is built.
+    pub(crate) agent: PathBuf,
+    dir: PathBuf,
+}
+
+impl Files {
+    /// Makes what the guest needs in `dir`.
+    pub(crate) fn new(kernel: PathBuf, agent: PathBuf, dir: &Path) -> Result<Self> {
+        let files = Self { kernel, agent, dir: dir.to_path_buf() };
+        for init in [Init::Reset, Init::Idle] {
+            std::fs::write(files.initramfs(init), guest::initramfs(init))
+                .context("cannot write an initramfs")?;
+        }
+        let disk = File::create(files.disk()).context("cannot make a disk")?;
+        disk.set_len(DISK).context("cannot size a disk")?;
+        Ok(files)
+    }
+
+    fn initramfs(&self, init: Init) -> PathBuf {
+        self.dir.join(match init {
+            Init::Reset => "reset.cpio",
+            Init::Idle => "idle.cpio",
+        })
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.dir.join("disk")
+    }
+
+    /// Where the agent would be reached.
+    fn socket(&self) -> PathBuf {
+        self.dir.join("vsock")
+    }
+}
+
+/// A VMM to compare.
+#[derive(Debug, Clone)]
+pub(crate) enum Vmm {
+    /// Ours, in a process of its own made from this program.
+    Ours(PathBuf),
+    /// QEMU's machine for this purpose, with all it can leave out left out.
+    Qemu(PathBuf),
+}
+
+/// A VM that runs.
+#[derive(Debug)]
+pub(crate) enum Running {
+    Ours(VmHandle, Receiver<(u64, Event)>),
+    Qemu(Child),
+}
+
+impl Vmm {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Ours(_) => "supermachine",
+            Self::Qemu(_) => "QEMU microvm",
+        }
+    }
+
+    /// Boots the bare guest.
+    pub(crate) fn boot(&self, files: &Files, init: Init) -> Result<Running> {
+        match self {
+            Self::Ours(exe) => boot_ours(exe, &bare(files, init)?),
+            Self::Qemu(exe) => boot_qemu(exe, files, init),
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn bare(files: &Files, init: Init) -> Result<BootSpec> {
+    let disk = File::options()
+        .read(true)
+        .write(true)
+        .open(files.disk())
+        .context("cannot open the disk")?;
+    Ok(BootSpec {
+        vcpus: 1,
+        memory: MEMORY,
+        kernel: open(&files.kernel)?,
+        initramfs: Some(open(&files.initramfs(init))?),
+        cmdline: COMMAND_LINE.to_owned(),
+        serial: Some(null()?),
+        disks: vec![DiskSpec { file: disk, read_only: false, serial: "bench".to_owned() }],
+        console: None,
+        vsock: None,
+        balloon: false,
+        rng: false,
+    })
+}
+
+fn null() -> Result<std::os::fd::OwnedFd> {
+    let null = File::options().write(true).open("/dev/null").context("no /dev/null")?;
+    Ok(null.into())
+}
+
+/// Boots a guest with the agent and all devices; the answer comes once the agent serves.
+pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
+    let _ = std::fs::remove_file(files.socket());
+    let listener = UnixListener::bind(files.socket()).context("cannot bind the vsock socket")?;
+    let mut spec = bare(files, Init::Reset)?;
+    spec.memory = 256 << 20;
+    spec.initramfs = Some(open(&files.agent)?);
+    spec.console =
+        Some(ConsoleSpec { ports: vec!["supermachine.agent".to_owned()], max_ports: 17 });
+    spec.vsock = Some(VsockSpec { cid: 3, listener });
+    spec.balloon = true;
+    spec.rng = true;
+    boot_ours(exe, &spec)
+}
+
+fn boot_ours(exe: &Path, spec: &BootSpec) -> Result<Running> {
+    let (sender, events) = mpsc::channel();
+    let config = SpawnConfig { exe: exe.to_path_buf(), ..SpawnConfig::new("bench") };
+    let on_event = move |event| {
+        // Refused only once nobody waits any more.
+        let _ = sender.send((trace::now().unwrap_or(0), event));
+    };
+    let vm = VmHandle::spawn(config, Box::new(on_event)).context("cannot start our VMM")?;
+    vm.boot(spec, DEADLINE).context("our VMM does not boot the guest")?;
+    Ok(Running::Ours(vm, events))
+}
+
+fn boot_qemu(exe: &Path, files: &Files, init: Init) -> Result<Running> {
+    let drive = format!("id=d,file={},format=raw,if=none", files.disk().display());
+    let child = Command::new(exe)
+        .args(["-machine", "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off"])
+        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", "128M"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-serial", "null", "-append", COMMAND_LINE])
+        .arg("-kernel")
+        .arg(&files.kernel)
+        .arg("-initrd")
+        .arg(files.initramfs(init))
+        .args(["-drive", &drive, "-device", "virtio-blk-device,drive=d"])
+        .stdin(Stdio::null())
+        .spawn()
+        .context("cannot start QEMU")?;
+    Ok(Running::Qemu(child))
+}
+
+impl Running {
+    /// Of the VMM's process.
+    pub(crate) fn pid(&self) -> u32 {
+        match self {
+            Self::Ours(vm, _) => vm.pid(),
+            Self::Qemu(child) => child.id(),
+        }
+    }
+
+    /// Waits until the guest has reset; answers when its VMM was gone.
+    pub(crate) fn ended(self) -> Result<u64> {
+        match self {
+            Self::Ours(_vm, events) => loop {
+                match events.recv_timeout(DEADLINE).context("our guest does not end")? {
+                    (time, Event::Ended(Exit::TripleFault | Exit::Reset)) => return Ok(time),
+                    (_, Event::Ended(exit)) => bail!("our guest ended oddly: {exit}"),
+                    _ => {}
+                }
+            },
+            Self::Qemu(mut child) => {
+                let status = child.wait().context("cannot wait for QEMU")?;
+                anyhow::ensure!(status.success(), "QEMU: {status}");
+                trace::now()
+            }
+        }
+    }
+
+    /// Waits for the guest's agent; answers when the news arrived. Ours only.
+    pub(crate) fn agent_ready(&self) -> Result<u64> {
+        let Self::Ours(_, events) = self else { bail!("only our guests have an agent") };
+        loop {
+            match events.recv_timeout(DEADLINE).context("the agent does not get ready")? {
+                (time, Event::PortOpened { port: 0 }) => return Ok(time),
+                (_, Event::Ended(exit)) => bail!("the guest ended: {exit}"),
+                _ => {}
+            }
+        }
+    }
+
+    /// Kills it.
+    pub(crate) fn kill(self) {
+        match self {
+            Self::Ours(vm, _) => vm.kill(),
+            Self::Qemu(mut child) => {
+                // Both refuse only what has ended.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}

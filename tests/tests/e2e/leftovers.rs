@@ -1,0 +1,127 @@
+//! Nothing is left on the host after delete.
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use supermachine_tests::traces::{Traces, open_files};
+use supermachine_tests::{BUSYBOX, until};
+
+use crate::support::{World, equal};
+
+pub(crate) fn tests(world: &World) -> Vec<Trial> {
+    vec![
+        world.test("leftovers::of_a_run", of_a_run),
+        world.test("leftovers::of_a_killed_one_with_execs", of_a_killed_one),
+        world.vm_test("leftovers::when_the_vmm_is_killed", vmm_killed),
+        // runc's shim leaves its socket behind.
+        world.vm_test("leftovers::when_the_shim_is_killed", shim_killed),
+    ]
+}
+
+/// Takes traces, does `work`, and waits until there are no others.
+pub(crate) fn leaves_nothing(world: &World, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    // The first container of a host makes what later ones share, such as images of layers.
+    world.host.sh("true")?.success()?;
+    let take = || {
+        let containerd = world.host.containerd.as_deref();
+        let state = containerd.map(|containerd| containerd.state());
+        Traces::take(
+            &state
+                .iter()
+                .map(std::path::PathBuf::as_path)
+                .collect::<Vec<_>>(),
+        )
+    };
+    let before = take()?;
+    let files_before = containerd_files(world)?;
+    work()?;
+    // A shim ends a moment after its last answer.
+    let mut left = Vec::new();
+    let gone = until("all traces to go", world.host.deadline / 4, || {
+        left = take()?.since(&before);
+        Ok(left.is_empty())
+    });
+    ensure!(gone.is_ok(), "left behind:\n{}", left.join("\n"));
+    until(
+        "containerd's files to close",
+        world.host.deadline / 4,
+        || Ok(containerd_files(world)? <= files_before),
+    )
+}
+
+fn containerd_files(world: &World) -> Result<usize> {
+    world
+        .host
+        .containerd
+        .as_ref()
+        .map_or(Ok(0), |containerd| open_files(containerd.pid()))
+}
+
+fn of_a_run(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        equal(
+            world
+                .host
+                .sh("echo x > /file; cat /file")?
+                .success()?
+                .as_str(),
+            "x",
+        )
+    })
+}
+
+fn of_a_killed_one(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let container = world.host.container(BUSYBOX).detach(&["sleep", "1000"])?;
+        for _ in 0..3 {
+            container.exec(&["true"])?.success()?;
+        }
+        container.kill("KILL")?;
+        equal(container.end()?, 137)
+    })
+}
+
+/// The pid containerd is told is the VMM's.
+fn vmm_killed(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let container = world.host.container(BUSYBOX).detach(&["sleep", "1000"])?;
+        let pid = pid(world, container.id())?;
+        kill_9(pid)?;
+        equal(container.end()?, 137)
+    })
+}
+
+fn shim_killed(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let container = world.host.container(BUSYBOX).detach(&["sleep", "1000"])?;
+        let pid = pid(world, container.id())?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let shim = status
+            .lines()
+            .find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
+            .ok_or_else(|| anyhow::anyhow!("no parent of {pid}"))?;
+        kill_9(shim)?;
+        // containerd notices, runs the shim's delete, and forgets the task.
+        until("the task to go", world.host.deadline, || {
+            Ok(world
+                .host
+                .status(container.id())?
+                .is_none_or(|status| status != "RUNNING"))
+        })?;
+        drop(container);
+        Ok(())
+    })
+}
+
+fn pid(world: &World, id: &str) -> Result<u32> {
+    let task = world.host.task(id)?;
+    task.map(|(pid, _)| pid)
+        .ok_or_else(|| anyhow::anyhow!("no task {id}"))
+}
+
+pub(crate) fn kill_9(pid: u32) -> Result<()> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
+    Ok(nix::sys::signal::kill(
+        pid,
+        nix::sys::signal::Signal::SIGKILL,
+    )?)
+}

@@ -1,0 +1,110 @@
+//! End-to-end tests: containers under a real containerd, as a user runs them, and a shim driven as
+//! containerd drives it.
+//!
+//!     e2e [--runtime NAME] [--containerd-address SOCKET] [--images DIR] [FILTER] [--list] …
+//!
+//! Without an address it starts a containerd of its own. `containerd`, `ctr` and the shim are
+//! looked for on `PATH`; `SUPERMACHINE_IMAGES` names the folder with busybox.tar and debian.tar,
+//! `SUPERMACHINE_CONFIG` the shim's configuration. With `--runtime io.containerd.runc.v2` the same
+//! tests run on runc, which proves them; those that only make sense in a VM are skipped and say so.
+//! Everything after that is as with any Rust test program. One test at a time, because tests
+//! compare what is left on the host.
+
+#![allow(clippy::print_stderr, reason = "a test program")]
+
+mod bad;
+mod driven;
+mod exec;
+mod input;
+mod leftovers;
+mod limits;
+mod output;
+mod process;
+mod refused;
+mod support;
+mod terminal;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use libtest_mimic::Arguments;
+use supermachine_tests::RUNTIME;
+
+use support::World;
+
+#[derive(Debug, Parser)]
+#[command(about = "End-to-end tests of supermachine")]
+struct Options {
+    /// The runtime to test
+    #[arg(long, default_value = RUNTIME)]
+    runtime: String,
+    /// A containerd that runs already; without it, one of our own is started
+    #[arg(long)]
+    containerd_address: Option<PathBuf>,
+    /// The folder with busybox.tar and debian.tar, OCI archives
+    #[arg(long, env = "SUPERMACHINE_IMAGES")]
+    images: PathBuf,
+    /// The snapshotter; containerd's default without it
+    #[arg(long)]
+    snapshotter: Option<String>,
+    /// The most that one step may take, in seconds
+    #[arg(long, default_value_t = 120)]
+    deadline: u64,
+    #[command(flatten)]
+    tests: Arguments,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match run(options) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> Result<ExitCode> {
+    let mut arguments = options.tests;
+    arguments.test_threads = Some(1);
+    let suites = [
+        output::tests,
+        input::tests,
+        terminal::tests,
+        exec::tests,
+        process::tests,
+        limits::tests,
+        leftovers::tests,
+        refused::tests,
+        driven::tests,
+        bad::tests,
+    ];
+    if arguments.list {
+        let listed = suites
+            .iter()
+            .flat_map(|suite| suite(&World::nowhere()))
+            .collect();
+        return Ok(libtest_mimic::run(&arguments, listed).exit_code());
+    }
+    let world = World::new(
+        options.runtime,
+        options.containerd_address,
+        options.images,
+        options.snapshotter,
+        Duration::from_secs(options.deadline),
+    )
+    .context("prepare the tests")?;
+    let tests = suites.iter().flat_map(|suite| suite(&world)).collect();
+    let conclusion = libtest_mimic::run(&arguments, tests);
+    if conclusion.has_failed()
+        && let Some(containerd) = &world.host.containerd
+    {
+        eprintln!("log of containerd and its shims:\n{}", containerd.log());
+    }
+    // Not by exit(): the containerd is stopped when it is dropped.
+    Ok(conclusion.exit_code())
+}

@@ -1,0 +1,135 @@
+//! What all tests stand on.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::{Completion, Failed, Trial};
+use supermachine_tests::RUNTIME;
+use supermachine_tests::bundle;
+use supermachine_tests::containerd::Containerd;
+use supermachine_tests::ctr::Ctr;
+use supermachine_tests::host::Host;
+use supermachine_tests::shim::ShimConfig;
+
+/// Where and on what the tests run. Clones are the same.
+#[derive(Debug, Clone)]
+pub(crate) struct World {
+    pub(crate) host: Host,
+    /// Files of the tests themselves; busybox's are in `busybox`.
+    files: Arc<Option<tempfile::TempDir>>,
+}
+
+impl World {
+    pub(crate) fn new(
+        runtime: String,
+        address: Option<PathBuf>,
+        images: PathBuf,
+        snapshotter: Option<String>,
+        deadline: Duration,
+    ) -> Result<Self> {
+        let containerd = match address {
+            Some(_) => None,
+            None => Some(Arc::new(Containerd::start(Path::new("containerd"), &[])?)),
+        };
+        let address = match (&address, &containerd) {
+            (Some(address), _) => address.clone(),
+            (None, Some(containerd)) => containerd.address(),
+            (None, None) => PathBuf::new(),
+        };
+        let ctr = Ctr::new("ctr", address);
+        for archive in ["busybox.tar", "debian.tar"] {
+            ctr.import(&images.join(archive))
+                .with_context(|| format!("import {archive}"))?;
+        }
+        let files = tempfile::Builder::new()
+            .prefix("supermachine-e2e-")
+            .tempdir()?;
+        bundle::unpack(&images.join("busybox.tar"), &files.path().join("busybox"))?;
+        Ok(Self {
+            host: Host {
+                ctr,
+                containerd,
+                runtime,
+                snapshotter,
+                deadline,
+            },
+            files: Arc::new(Some(files)),
+        })
+    }
+
+    /// For naming tests only.
+    pub(crate) fn nowhere() -> Self {
+        let host = Host {
+            ctr: Ctr::new("ctr", ""),
+            containerd: None,
+            runtime: RUNTIME.to_owned(),
+            snapshotter: None,
+            deadline: Duration::ZERO,
+        };
+        Self {
+            host,
+            files: Arc::new(None),
+        }
+    }
+
+    /// A folder of the tests' own, on a disk.
+    pub(crate) fn files(&self) -> Result<&Path> {
+        Ok(self.files.as_ref().as_ref().context("no files")?.path())
+    }
+
+    /// The unpacked busybox image.
+    pub(crate) fn busybox(&self) -> Result<PathBuf> {
+        Ok(self.files()?.join("busybox"))
+    }
+
+    /// How to drive the runtime's shim directly.
+    pub(crate) fn shim(&self) -> Result<ShimConfig> {
+        // containerd finds a runtime's binary by the last two words of its name.
+        let mut words = self.host.runtime.rsplit('.');
+        let (version, name) = (
+            words.next().unwrap_or_default(),
+            words.next().unwrap_or_default(),
+        );
+        let binary = format!("containerd-shim-{name}-{version}");
+        Ok(ShimConfig {
+            program: find(&binary).with_context(|| format!("{binary} is not on PATH"))?,
+            wrapper: Vec::new(),
+            config: std::env::var_os("SUPERMACHINE_CONFIG").map(PathBuf::from),
+            deadline: self.host.deadline,
+        })
+    }
+
+    /// A test on any runtime.
+    pub(crate) fn test(&self, name: &str, run: fn(&Self) -> Result<()>) -> Trial {
+        let world = self.clone();
+        Trial::test(name, move || run(&world).map_err(failed))
+    }
+
+    /// A test of what only a VM has.
+    pub(crate) fn vm_test(&self, name: &str, run: fn(&Self) -> Result<()>) -> Trial {
+        let world = self.clone();
+        Trial::ignorable_test(name, move || {
+            if !world.host.is_vm() {
+                return Ok(Completion::ignored_with("only in a VM"));
+            }
+            run(&world).map(|()| Completion::Completed).map_err(failed)
+        })
+    }
+}
+
+fn failed(error: anyhow::Error) -> Failed {
+    format!("{error:#}").into()
+}
+
+fn find(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+}
+
+pub(crate) fn equal<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Result<()> {
+    ensure!(found == expected, "found {found:?}, expected {expected:?}");
+    Ok(())
+}
