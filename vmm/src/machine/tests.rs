@@ -1,5 +1,8 @@
 //! The life of a VM: over the fake, and of small guests on the host's KVM.
 
+#![allow(unsafe_code)]
+
+use std::arch::global_asm;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::sync::mpsc;
@@ -65,6 +68,73 @@ const SPIN: [u8; 2] = [0xeb, 0xfe];
 /// `ud2`, without an IDT.
 const CRASH: [u8; 2] = [0x0f, 0x0b];
 
+// Leaves 64-bit mode for real mode and jumps to f000:fff0, as Linux does as a last resort.
+global_asm!(
+    ".pushsection .rodata.guests",
+    "vmm_guest_restart:",
+    // The rest runs below 1 MiB.
+    "lea rsi, [rip + vmm_guest_restart_32]",
+    "mov edi, 0x8000",
+    "mov ecx, 64",
+    "cld",
+    "rep movsb",
+    // A GDT with 16-bit segments: 0x08 code, 0x10 data, and 0x18 32-bit code.
+    "mov rax, 0",
+    "mov [0x8100], rax",
+    "movabs rax, 0x00009b000000ffff",
+    "mov [0x8108], rax",
+    "movabs rax, 0x000093000000ffff",
+    "mov [0x8110], rax",
+    "movabs rax, 0x00cf9b000000ffff",
+    "mov [0x8118], rax",
+    "mov word ptr [0x8120], 0x1f",
+    "mov qword ptr [0x8122], 0x8100",
+    "lgdt [0x8120]",
+    // To compatibility mode.
+    "mov esp, 0x7000",
+    "push 0x18",
+    "mov eax, 0x8000",
+    "push rax",
+    "retfq",
+    "vmm_guest_restart_32:",
+    ".code32",
+    "mov eax, cr0",
+    "and eax, 0x7fffffff",
+    "mov cr0, eax",
+    "mov ecx, 0xc0000080",
+    "xor eax, eax",
+    "xor edx, edx",
+    "wrmsr",
+    ".byte 0xea",
+    ".long vmm_guest_restart_16 - vmm_guest_restart_32 + 0x8000",
+    ".word 8",
+    ".code16",
+    "vmm_guest_restart_16:",
+    "mov ax, 0x10",
+    "mov ds, ax",
+    "mov ss, ax",
+    "mov eax, cr0",
+    "and al, 0xfe",
+    "mov cr0, eax",
+    ".byte 0xea",
+    ".word 0xfff0, 0xf000",
+    "vmm_guest_restart_end:",
+    ".code64",
+    ".popsection",
+);
+
+fn real_mode_restart() -> Vec<u8> {
+    unsafe extern "C" {
+        #[link_name = "vmm_guest_restart"]
+        static START: u8;
+        #[link_name = "vmm_guest_restart_end"]
+        static END: u8;
+    }
+    let (start, end) = (&raw const START, &raw const END);
+    // SAFETY: both symbols are of this binary's read-only data, one after the other.
+    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }.to_vec()
+}
+
 /// The VM, or none and a word why on a host without KVM.
 fn build(config: VmConfig) -> Option<Vm> {
     match Vm::new(config) {
@@ -94,6 +164,7 @@ fn every_end_has_its_reason() {
         (out(&[(0x602, 1)]), Exit::Reset),
         (out(&[(0x64, 0xfe)]), Exit::Reset),
         (CRASH.to_vec(), Exit::TripleFault),
+        (real_mode_restart(), Exit::Reset),
     ] {
         // Whatever comes after the end is not run.
         let code = [code, SPIN.to_vec()].concat();

@@ -4,6 +4,7 @@
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::acpi::RESET_VALUE;
 use super::kernel::{LoadError, LoadedKernel};
 use super::layout;
 use crate::memory::GuestMemory;
@@ -64,6 +65,16 @@ pub(crate) fn write_tables(memory: &GuestMemory) -> Result<(), LoadError> {
     for (index, descriptor) in GDT.iter().enumerate() {
         memory.write_obj(*descriptor, GuestAddress(layout::GDT.0 + index as u64 * 8))?;
     }
+    Ok(())
+}
+
+/// Puts a write to the reset register where firmware would start over. A kernel with EFI support
+/// passes by the FADT on a hardware-reduced platform, finds no EFI, and comes here in real mode.
+pub(crate) fn write_reset_vector(memory: &GuestMemory) -> Result<(), LoadError> {
+    let [low, high] = (layout::POWER + 2).to_le_bytes();
+    // mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
+    let code = [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+    memory.write_slice(&code, layout::RESET_VECTOR)?;
     Ok(())
 }
 
@@ -157,7 +168,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let mut map = vec![
         entry(0, layout::LOW_RAM_END, E820_RAM),
         entry(layout::LOW_RAM_END, layout::ACPI.0, E820_RESERVED),
-        entry(layout::ACPI.0, layout::ACPI_END, E820_ACPI),
+        entry(layout::ACPI.0, layout::HIGH_RAM, E820_ACPI),
     ];
     for region in memory.iter() {
         let start = region.start_addr().0;

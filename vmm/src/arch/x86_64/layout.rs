@@ -3,7 +3,7 @@
 //! ```text
 //! 0x0000_0500  GDT                    0x0000_7000  boot parameters (zero page)
 //! 0x0000_9000  page tables            0x0002_0000  command line       0x0003_0000  setup data
-//! 0x0009_fc00  end of low RAM         0x000e_0000  ACPI tables
+//! 0x0009_fc00  end of low RAM         0x000e_0000  ACPI tables, 0x000f_fff0 reset vector
 //! 0x0010_0000  kernel, initramfs      0xc000_0000  end of RAM below the hole
 //! 0xd000_0000  virtio-mmio, one page for each device
 //! 0xfec0_0000  IOAPIC                 0xfee0_0000  local APICs
@@ -27,7 +27,9 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables; also where a PC's firmware leaves the RSDP to be found.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// End of the ACPI tables at most.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_fff0;
+/// Where a PC's processor starts after a reset, and where Linux jumps in real mode as a last resort.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// RAM from here on is free for kernel and initramfs.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// End of RAM below the hole.

@@ -26,6 +26,10 @@ pub(crate) const MAX_VCPUS: u32 = 254;
 /// RAM at least: the kernel's own place and what firmware keeps below 1 MiB.
 pub(crate) const MIN_MEMORY: u64 = 32 << 20;
 
+/// Goes before the command line, so that a caller's own word on it comes later: there is no PCI, and
+/// a kernel that looks for it makes hundreds of exits.
+const NO_PCI: &str = "pci=off";
+
 /// What vCPUs of the host can be told they are.
 #[derive(Clone, Debug, Default)]
 pub struct CpuCaps {
@@ -65,13 +69,14 @@ pub(crate) fn load(
         None => None,
     };
     boot::write_tables(memory)?;
+    boot::write_reset_vector(memory)?;
     let rsdp = acpi::write(memory, platform)?;
     boot::write_parameters(
         memory,
         &boot::Parameters {
             kernel: &loaded,
             initramfs,
-            command_line: source.command_line,
+            command_line: &format!("{NO_PCI} {}", source.command_line),
             rsdp,
             seed: source.seed,
         },
