@@ -56,8 +56,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Finds the console device and opens the agent's own port.
-    pub(crate) async fn find(uevents: Uevents) -> Result<(Self, OwnedFd), Error> {
+    /// Finds the console device.
+    pub(crate) async fn find(uevents: Uevents) -> Result<Self, Error> {
         let device = uevents
             .find(find_console)
             .await
@@ -65,15 +65,16 @@ impl Guest {
         let ports = device
             .trim_end_matches(|c: char| c.is_ascii_digit())
             .to_owned();
-        let own = open(Path::new(&device))?;
-        Ok((
-            Self {
-                uevents,
-                ports,
-                disks: Mutex::default(),
-            },
-            own,
-        ))
+        Ok(Self {
+            uevents,
+            ports,
+            disks: Mutex::default(),
+        })
+    }
+
+    /// Opens the agent's own console port, which tells the host that the agent listens.
+    pub(crate) fn open_own_port(&self) -> Result<OwnedFd, Error> {
+        open(Path::new(&format!("{}{AGENT_CONSOLE_PORT}", self.ports)))
     }
 
     fn lookup_disk(&self, serial: &str) -> Option<PathBuf> {
@@ -132,7 +133,8 @@ fn find_console() -> Option<String> {
     None
 }
 
-fn open(path: &Path) -> Result<OwnedFd, Error> {
+/// Opens a port's device file; the host is told at once.
+pub(crate) fn open(path: &Path) -> Result<OwnedFd, Error> {
     OpenOptions::new()
         .read(true)
         .write(true)

@@ -12,7 +12,7 @@ use tokio::runtime::Builder;
 
 use crate::error::Error;
 use crate::identity::{self, About};
-use crate::platform::Guest;
+use crate::platform::{self, Guest};
 use crate::uevent::Uevents;
 use crate::{log, start, workshop};
 
@@ -47,8 +47,8 @@ fn run(init: std::time::Duration) -> Result<(), Error> {
         .map_err(Error::system("start the runtime"))?;
     runtime.block_on(async {
         let uevents = Uevents::listen().map_err(Error::system("listen for devices"))?;
-        let (guest, port) = Guest::find(uevents).await?;
-        let workshop = workshop(Box::new(guest), DIRECTORY.as_ref())?;
+        let guest = Arc::new(Guest::find(uevents).await?);
+        let workshop = workshop(Box::new(Arc::clone(&guest)), DIRECTORY.as_ref())?;
         let about = About {
             init,
             listening: identity::uptime(),
@@ -56,7 +56,7 @@ fn run(init: std::time::Duration) -> Result<(), Error> {
         let address = format!("vsock://{ANY_CID}:{AGENT_VSOCK_PORT}");
         let _server = start(&address, workshop, about, Some(power_off)).await?;
         // The host takes the opened port, and anything in it, for readiness.
-        log::use_port(port);
+        log::use_port(guest.open_own_port()?);
         tracing::info!(uptime = ?about.listening, "listening");
         std::future::pending::<()>().await;
         Ok(())
