@@ -40,9 +40,14 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             .join()
             .unwrap_or_else(|_| anyhow::bail!("preparing panicked"))
     })?;
+    let mut args = vec!["--images".to_owned(), "{images}".to_owned()];
+    if matches!(place, Place::Lab(_)) {
+        // The lab's own containerd holds the images already; it ends with the lab.
+        args.push(format!("--containerd-address={}", lab::CONTAINERD));
+    }
     let launch = Launch {
         program: "demo",
-        args: &["--images".to_owned(), "{images}".to_owned()],
+        args: &args,
         timeout: Some(LIMIT),
         out: None,
         icount: false,

@@ -1,7 +1,7 @@
 //! What `make demo` shows once everything is built: containers in microVMs under a containerd of
 //! their own.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,9 +17,12 @@ struct Args {
     /// Folder with busybox.tar and debian.tar, OCI archives
     #[arg(long)]
     images: PathBuf,
-    /// containerd to start
+    /// containerd to start, unless one is named by --containerd-address
     #[arg(long, default_value = "containerd")]
     containerd: PathBuf,
+    /// Socket of a running containerd to use, one with the images already imported
+    #[arg(long)]
+    containerd_address: Option<PathBuf>,
     /// ctr to drive it with
     #[arg(long, default_value = "ctr")]
     ctr: PathBuf,
@@ -30,27 +33,35 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let containerd = step("containerd with its own root, state and socket", || {
-        Containerd::start(&args.containerd, &[])
-    })?;
-    let ctr = Ctr::new(&args.ctr, containerd.address());
+    let (own, address) = match args.containerd_address {
+        Some(address) => (None, address),
+        None => {
+            let containerd = step("containerd with its own root, state and socket", || {
+                Containerd::start(&args.containerd, &[])
+            })?;
+            let address = containerd.address();
+            (Some(containerd), address)
+        }
+    };
     let demo = Demo {
-        ctr,
-        runtime: args.runtime.clone(),
+        ctr: Ctr::new(&args.ctr, &address),
+        runtime: args.runtime,
+    };
+    let import = |name: &str, file: &str| match own {
+        Some(_) => step(&format!("import {name}"), || {
+            demo.ctr.import(&args.images.join(file))
+        }),
+        None => Ok(()),
     };
 
-    step("import a busybox image", || {
-        demo.ctr.import(&args.images.join("busybox.tar"))
-    })?;
+    import("a busybox image", "busybox.tar")?;
     step("a busybox container in its microVM", || {
         demo.run(
             BUSYBOX,
             "echo \"hello from busybox, kernel $(uname -r), $(nproc) vCPU, pid $$\"",
         )
     })?;
-    step("import a Debian image", || {
-        demo.ctr.import(&args.images.join("debian.tar"))
-    })?;
+    import("a Debian image", "debian.tar")?;
     step("a Debian container in its microVM", || {
         demo.run(
             DEBIAN,
@@ -58,7 +69,7 @@ fn main() -> Result<()> {
         )
     })?;
     step("exec into a detached container", || demo.exec_detached())?;
-    next(&containerd, &args.runtime);
+    next(&demo.runtime);
     Ok(())
 }
 
@@ -150,24 +161,20 @@ fn milliseconds(time: Duration) -> String {
     format!("{} ms", time.as_millis())
 }
 
-fn next(containerd: &Containerd, runtime: &str) {
-    let address = Path::new("/run/containerd/containerd.sock");
-    say("Next, with a containerd that stays (yours at its usual socket, or one started by hand):");
-    say(&format!(
-        "    ctr run --rm -t --runtime {runtime} {BUSYBOX} one sh"
-    ));
-    say(&format!(
-        "    ctr run -d --memory-limit 268435456 --cpus 2 --runtime {runtime} {DEBIAN} two sleep 1000"
-    ));
-    say("    ctr task exec -t --exec-id e1 two bash");
-    say("    supermachine check");
-    say(&format!(
-        "    (ctr finds containerd at {}; --address names another)",
-        address.display()
-    ));
-    say("Clean up: nothing is left of this demo; its containerd and files go now");
-    say(&format!(
-        "    ({}). `make clean` removes what was built; the cache says where it is.",
-        containerd.root().display()
-    ));
+fn next(runtime: &str) {
+    say("Next: `make lab` is a shell where these work (on a host with its own KVM: any shell,");
+    say("once this build is installed as README.md says):");
+    for command in [
+        format!("ctr run --rm -t --runtime {runtime} {BUSYBOX} one sh"),
+        format!(
+            "ctr run -d --memory-limit 268435456 --cpus 2 --runtime {runtime} {DEBIAN} two sleep 1000"
+        ),
+        "ctr task exec -t --exec-id e1 two bash".to_owned(),
+        "ctr task kill -s KILL two; ctr task rm two; ctr container rm two".to_owned(),
+        "supermachine check".to_owned(),
+    ] {
+        say(&format!("    {command}"));
+    }
+    say("Clean up: nothing of this demo is left running. `make clean` removes what was built;");
+    say("~/.cache/supermachine holds kernel, images and lab for the next time.");
 }
