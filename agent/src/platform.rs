@@ -134,7 +134,7 @@ fn find_console() -> Option<String> {
 }
 
 /// Opens a port's device file; the host is told at once.
-pub(crate) fn open(path: &Path) -> Result<OwnedFd, Error> {
+fn open(path: &Path) -> Result<OwnedFd, Error> {
     OpenOptions::new()
         .read(true)
         .write(true)
