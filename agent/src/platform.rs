@@ -56,8 +56,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Finds the console device.
-    pub(crate) async fn find(uevents: Uevents) -> Result<Self, Error> {
+    /// Finds the console device, and the path of the agent's own port.
+    pub(crate) async fn find(uevents: Uevents) -> Result<(Self, PathBuf), Error> {
         let device = uevents
             .find(find_console)
             .await
@@ -65,16 +65,14 @@ impl Guest {
         let ports = device
             .trim_end_matches(|c: char| c.is_ascii_digit())
             .to_owned();
-        Ok(Self {
-            uevents,
-            ports,
-            disks: Mutex::default(),
-        })
-    }
-
-    /// Opens the agent's own console port, which tells the host that the agent listens.
-    pub(crate) fn open_own_port(&self) -> Result<OwnedFd, Error> {
-        open(Path::new(&format!("{}{AGENT_CONSOLE_PORT}", self.ports)))
+        Ok((
+            Self {
+                uevents,
+                ports,
+                disks: Mutex::default(),
+            },
+            PathBuf::from(device),
+        ))
     }
 
     fn lookup_disk(&self, serial: &str) -> Option<PathBuf> {
@@ -134,7 +132,7 @@ fn find_console() -> Option<String> {
 }
 
 /// Opens a port's device file; the host is told at once.
-fn open(path: &Path) -> Result<OwnedFd, Error> {
+pub(crate) fn open(path: &Path) -> Result<OwnedFd, Error> {
     OpenOptions::new()
         .read(true)
         .write(true)

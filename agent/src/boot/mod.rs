@@ -47,16 +47,16 @@ fn run(init: std::time::Duration) -> Result<(), Error> {
         .map_err(Error::system("start the runtime"))?;
     runtime.block_on(async {
         let uevents = Uevents::listen().map_err(Error::system("listen for devices"))?;
-        let guest = Arc::new(Guest::find(uevents).await?);
-        let workshop = workshop(Box::new(Arc::clone(&guest)), DIRECTORY.as_ref())?;
+        let (guest, port) = Guest::find(uevents).await?;
+        let workshop = workshop(Box::new(guest), DIRECTORY.as_ref())?;
         let about = About {
             init,
             listening: identity::uptime(),
         };
         let address = format!("vsock://{ANY_CID}:{AGENT_VSOCK_PORT}");
         let _server = start(&address, workshop, about, Some(power_off)).await?;
-        // The host takes the opened port, and anything in it, for readiness.
-        log::use_port(guest.open_own_port()?);
+        // The host takes the opening itself for readiness: nothing may open the port before.
+        log::use_port(platform::open(&port)?);
         tracing::info!(uptime = ?about.listening, "listening");
         std::future::pending::<()>().await;
         Ok(())
