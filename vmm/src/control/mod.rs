@@ -40,3 +40,8 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests;
+
+/// Compiles the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
