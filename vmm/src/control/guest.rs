@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::thread;
 use std::time::Duration;
 
 use super::describe;
@@ -20,6 +19,7 @@ use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
 use crate::devices::virtio::vsock::VsockConfig;
+use crate::sys::threads;
 use crate::{DiskConfig, Error, RunningVm, Vm, VmConfig};
 
 /// How long a guest may take to say how it uses its memory; what it said before is good enough.
@@ -119,14 +119,12 @@ impl Guest {
             .and_then(Vm::start)
             .map_err(|error| refuse(kind(&error), describe(&error)))?;
         let (running, news) = (vm.clone(), self.news.clone());
-        thread::Builder::new()
-            .name("vm-end".to_owned())
-            .spawn(move || {
-                let exit = running.wait();
-                drop(running);
-                tell(&news, exit.into());
-            })
-            .map_err(|error| refuse(ErrorKind::Resource, format!("Start a thread: {error}")))?;
+        threads::spawn("vm-end", move || {
+            let exit = running.wait();
+            drop(running);
+            tell(&news, exit.into());
+        })
+        .map_err(|error| refuse(ErrorKind::Resource, format!("Start a thread: {error}")))?;
         self.vm = Some(vm);
         Ok(())
     }

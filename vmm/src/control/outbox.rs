@@ -3,12 +3,12 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
-use std::thread;
 use std::time::Duration;
 
 use super::frame::{self, FROM_CHILD, FrameError};
 use super::log;
 use super::message::{Event, Exit, ToParent};
+use crate::sys::threads;
 
 /// Messages that may wait for the parent. Past them whoever has one waits as well, so that a
 /// parent that falls behind slows its guest down instead of filling memory.
@@ -30,9 +30,7 @@ pub(super) struct Outbox(SyncSender<Parcel>);
 impl Outbox {
     pub(super) fn start(socket: UnixStream) -> io::Result<Self> {
         let (sender, parcels) = mpsc::sync_channel(WAITING);
-        thread::Builder::new()
-            .name("control-write".to_owned())
-            .spawn(move || write(&socket, &parcels))?;
+        threads::spawn("control-write", move || write(&socket, &parcels))?;
         Ok(Self(sender))
     }
 

@@ -6,7 +6,6 @@ use std::os::unix::net::UnixStream;
 use std::panic;
 use std::process::{self, ExitCode};
 use std::sync::mpsc::{self, Sender};
-use std::thread;
 
 use super::describe;
 use super::frame::{self, FROM_CHILD, FROM_PARENT};
@@ -14,6 +13,7 @@ use super::guest::{Done, Guest, Work};
 use super::log::ControlLog;
 use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
 use super::outbox::Outbox;
+use crate::sys::threads;
 
 /// Serves the parent until it or the VM ends, and with it the process. Returns only when it can't
 /// start: then a thread or a descriptor was refused.
@@ -41,9 +41,7 @@ fn start(socket: UnixStream, level: LogLevel) -> std::io::Result<Infallible> {
 
     let (news, inbox) = mpsc::channel();
     let (speaker, requests) = (outbox.clone(), news.clone());
-    thread::Builder::new()
-        .name("control-read".to_owned())
-        .spawn(move || read(&socket, &speaker, &requests))?;
+    threads::spawn("control-read", move || read(&socket, &speaker, &requests))?;
 
     let slow = answer_slowly(outbox.clone())?;
     let mut guest = Guest::new(outbox.clone(), news);
@@ -77,14 +75,12 @@ pub(super) enum News {
 /// Answers what waits for the guest's drivers, in order, while other requests go on.
 fn answer_slowly(outbox: Outbox) -> std::io::Result<Sender<(u64, Work)>> {
     let (sender, work) = mpsc::channel::<(u64, Work)>();
-    thread::Builder::new()
-        .name("control-slow".to_owned())
-        .spawn(move || {
-            for (id, work) in work {
-                let result = work();
-                outbox.send(ToParent::Reply { id, result });
-            }
-        })?;
+    threads::spawn("control-slow", move || {
+        for (id, work) in work {
+            let result = work();
+            outbox.send(ToParent::Reply { id, result });
+        }
+    })?;
     Ok(sender)
 }
 

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::devices::{Devices, Handles};
@@ -12,6 +12,7 @@ use crate::arch::VcpuSetup;
 use crate::error::Error;
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, Kicker, Vcpu, VcpuSeed};
+use crate::sys::threads;
 use crate::vcpu::{self, Buses};
 
 /// How long to wait for vCPUs to come out before they are kicked again.
@@ -90,9 +91,7 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         };
         let buses = Arc::clone(&parts.buses);
         let name = format!("vcpu{index}");
-        let spawned = thread::Builder::new()
-            .name(name.clone())
-            .spawn(move || thread.run(seed, &setup, &buses));
+        let spawned = threads::spawn(name.clone(), move || thread.run(seed, &setup, &buses));
         match spawned {
             Ok(handle) => {
                 threads.push(handle);

@@ -1,4 +1,4 @@
-//! Leaf files where operating systems differ: event loop, notification.
+//! Leaf files where operating systems differ: event loop, notification, threads.
 
 #![allow(unsafe_code)]
 
@@ -6,4 +6,5 @@ pub mod doorbell;
 pub mod random;
 pub mod reactor;
 pub mod storage;
+pub(crate) mod threads;
 pub mod vectored;

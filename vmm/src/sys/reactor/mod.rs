@@ -19,6 +19,8 @@ use std::time::Instant;
 
 use polling::Poller;
 
+use super::threads;
+
 #[cfg(any(test, feature = "testing"))]
 pub use manual::ManualReactor;
 use wheel::{Core, WorkerId};
@@ -105,14 +107,12 @@ impl Reactor {
             state: Mutex::new(InboxState::default()),
         });
         let inner = Arc::clone(&inbox);
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                // Dropped last, also when a worker panics: nobody may wait for a thread that ended.
-                let closing = Closing(inner);
-                closing.0.lock().thread = Some(thread::current().id());
-                closing.0.run(&mut core);
-            })?;
+        let thread = threads::spawn(name, move || {
+            // Dropped last, also when a worker panics: nobody may wait for a thread that ended.
+            let closing = Closing(inner);
+            closing.0.lock().thread = Some(thread::current().id());
+            closing.0.run(&mut core);
+        })?;
         Ok(Self {
             inbox,
             thread: Some(thread),
