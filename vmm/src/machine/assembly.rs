@@ -2,7 +2,9 @@
 
 #![allow(unsafe_code)]
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 use super::devices::{DeviceSet, Devices, Handles};
 use super::run::{self, Running};
@@ -16,7 +18,7 @@ use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use crate::error::Error;
 use crate::hypervisor::{Hypervisor, IrqLine, VmBackend};
 use crate::memory::GuestMemory;
-use crate::sys::random;
+use crate::sys::{random, threads};
 use crate::vcpu::Buses;
 
 /// A VM ready to run.
@@ -62,20 +64,8 @@ impl<B: VmBackend> Assembly<B> {
             });
         }
         let memory = GuestMemory::anonymous(&layout::ram_ranges(config.memory))?;
-        let backend = hypervisor.create_vm()?;
-        for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
-            // SAFETY: `Assembly` and `Running` keep the memory until after VM and vCPUs are gone,
-            // and vm-memory makes no references into it.
-            unsafe { backend.map(slot, guest.0, host, len) }?;
-        }
-
         let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
         let handles = set.add_configured(&mut config)?;
-        let mut buses = Buses::default();
-        let com1 = add_pc_devices(&backend, &mut buses.pio, config.serial.take())?;
-        let virtio_devices = set.len();
-        let devices = set.attach(&backend, &mut buses.mmio)?;
-
         let mut seed = [0; 32];
         random::fill(&mut seed).map_err(Error::Entropy)?;
         let source = BootSource {
@@ -87,10 +77,32 @@ impl<B: VmBackend> Assembly<B> {
         };
         let platform = Platform {
             vcpus: config.vcpus,
-            virtio_devices,
-            com1,
+            virtio_devices: set.len(),
+            com1: config.serial.is_some(),
         };
-        let entry = current::load(&memory, source, platform)?;
+        // KVM makes a VM in a grace period of its host's kernel, some 10 ms of waiting. Another
+        // thread fills guest RAM meanwhile; not the other way round, lest on a busy host the
+        // waiting start late.
+        let (backend, entry) = thread::scope(|scope| {
+            let loading = threads::builder("load")
+                .spawn_scoped(scope, || current::load(&memory, source, platform))
+                .map_err(|source| Error::Thread {
+                    name: "load".into(),
+                    source,
+                })?;
+            let made = hypervisor.create_vm();
+            let loaded = loading.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok::<_, Error>((made?, loaded?))
+        })?;
+
+        for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
+            // SAFETY: `Assembly` and `Running` keep the memory until after VM and vCPUs are gone,
+            // and vm-memory makes no references into it.
+            unsafe { backend.map(slot, guest.0, host, len) }?;
+        }
+        let mut buses = Buses::default();
+        add_pc_devices(&backend, &mut buses.pio, config.serial.take())?;
+        let devices = set.attach(&backend, &mut buses.mmio)?;
 
         let seeds = (0..config.vcpus)
             .map(|index| backend.create_vcpu(index))
@@ -125,11 +137,11 @@ fn add_pc_devices<B: VmBackend>(
     backend: &B,
     pio: &mut Bus,
     serial: Option<std::os::fd::OwnedFd>,
-) -> Result<bool, Error> {
+) -> Result<(), Error> {
     let ports = u64::from(layout::POWER_PORTS);
     pio.insert(u64::from(layout::POWER), ports, Arc::new(PowerRegisters))?;
     pio.insert(u64::from(layout::I8042_COMMAND), 1, Arc::new(KeyboardReset))?;
-    let Some(sink) = serial else { return Ok(false) };
+    let Some(sink) = serial else { return Ok(()) };
     let line = backend.irq_line(layout::COM1_PIN)?;
     let com1 = Com1::new(sink, Box::new(move || line.pulse()));
     pio.insert(
@@ -137,7 +149,7 @@ fn add_pc_devices<B: VmBackend>(
         u64::from(layout::COM1_PORTS),
         Arc::new(com1),
     )?;
-    Ok(true)
+    Ok(())
 }
 
 /// The address whose 32-bit writes ring the doorbells of the device in `slot`.
