@@ -24,7 +24,6 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
     build::build(&kernel::ensure()?)?;
-    programs::build_bin("bench")?;
     let place = host::place();
     host::announce(&place);
     let launch = |icount: bool| {

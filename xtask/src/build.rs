@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::cpio::Archive;
 use crate::kernel::{self, Kernel, stock};
 use crate::step::{call, quiet, sha256_file, step};
-use crate::{apt, paths};
+use crate::{apt, paths, programs};
 
 /// Built for this target by name, so that flags for it don't reach build scripts and macros.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -63,6 +63,7 @@ pub(crate) fn ensure() -> Result<()> {
 pub(crate) fn build(kernel: &Kernel) -> Result<()> {
     apt::ensure(&["binutils", "gcc", "libseccomp-dev", "pkg-config"])?;
     step("static binaries", binaries)?;
+    programs::install()?;
     step("initramfs and installation tree", || {
         let _lock = paths::lock(&paths::target(), "products")?;
         let share = paths::products().join("share");
@@ -82,7 +83,7 @@ pub(crate) fn build(kernel: &Kernel) -> Result<()> {
 }
 
 /// A cargo command for static binaries of ours.
-pub(crate) fn cargo(subcommand: &str) -> Command {
+fn cargo(subcommand: &str) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
@@ -100,8 +101,14 @@ pub(crate) fn cargo(subcommand: &str) -> Command {
     command
 }
 
+/// One cargo for all of them, the programs of the tests included: with another choice of packages
+/// cargo chooses other features, and builds every dependency again.
 fn binaries() -> Result<()> {
     let mut command = cargo("build");
+    command.args(["-p", programs::PACKAGE]);
+    for program in programs::PROGRAMS {
+        command.args(["--bin", program]);
+    }
     for (package, binary) in BINARIES {
         command.args(["-p", package, "--bin", binary]);
     }
@@ -109,12 +116,14 @@ fn binaries() -> Result<()> {
     let bin = paths::products().join("bin");
     paths::make_dir(&bin)?;
     for (_, binary) in BINARIES {
-        install_stripped(
-            &paths::target().join(TARGET).join("release").join(binary),
-            &bin,
-        )?;
+        install_stripped(&built(binary), &bin)?;
     }
     Ok(())
+}
+
+/// Where cargo leaves a binary.
+pub(crate) fn built(binary: &str) -> PathBuf {
+    paths::target().join(TARGET).join("release").join(binary)
 }
 
 /// Strips `from` into the folder `to`, beside and renamed: it may be running there.

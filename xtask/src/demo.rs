@@ -35,7 +35,6 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             kernel.name()
         );
         build::build(&kernel)?;
-        programs::build_bin("demo")?;
         prepared
             .join()
             .unwrap_or_else(|_| anyhow::bail!("preparing panicked"))

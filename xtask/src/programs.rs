@@ -3,20 +3,20 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
 
 use crate::host::Place;
 use crate::lab::Run;
-use crate::step::step;
 use crate::{build, containerd, images, lab, paths};
 
 /// The package they are of.
 pub(crate) const PACKAGE: &str = "supermachine-tests";
+/// Its programs.
+pub(crate) const PROGRAMS: [&str; 3] = ["bench", "demo", "e2e"];
 
 /// What to run, where.
 #[derive(Debug)]
@@ -36,44 +36,13 @@ fn folder() -> PathBuf {
     paths::products().join("tests")
 }
 
-/// Builds a binary of the tests package, such as `demo`.
-pub(crate) fn build_bin(name: &str) -> Result<()> {
-    step(&format!("build {name}"), || {
-        build_with(build::cargo("build").args(["--bin", name]), name)
-    })
-}
-
-/// Builds an integration test of the tests package, such as `e2e`, without running it.
-pub(crate) fn build_test(name: &str) -> Result<()> {
-    step(&format!("build {name}"), || {
-        build_with(
-            build::cargo("test").args(["--no-run", "--test", name]),
-            name,
-        )
-    })
-}
-
-/// Lets cargo build, and takes the executable from its messages.
-fn build_with(command: &mut Command, name: &str) -> Result<()> {
-    let output = command
-        .args(["-p", PACKAGE, "--message-format", "json-render-diagnostics"])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot start cargo")?;
-    anyhow::ensure!(output.status.success(), "cargo could not build {name}");
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let executable = messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == name)
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .with_context(|| format!("cargo built no executable for {name}"))?;
+/// Puts the programs that [`build`] has built where [`launch`] finds them.
+pub(crate) fn install() -> Result<()> {
     paths::make_dir(&folder())?;
-    let stripped = executable.with_file_name(name);
-    if stripped != executable {
-        fs::copy(&executable, &stripped).context("cannot copy a test")?;
+    for program in PROGRAMS {
+        build::install_stripped(&build::built(program), &folder())?;
     }
-    build::install_stripped(&stripped, &folder())
+    Ok(())
 }
 
 /// Runs a program there, its output copied to `stdout`; returns its exit status.
@@ -163,12 +132,4 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
 /// As `timeout` takes it; 0 is no limit.
 fn limit(timeout: Option<Duration>) -> String {
     timeout.map_or(0, |timeout| timeout.as_secs()).to_string()
-}
-
-/// Whether the tests package has this source file: parts of it may not be written yet.
-pub(crate) fn has(source: &str) -> bool {
-    Path::new(&paths::root())
-        .join("tests")
-        .join(source)
-        .exists()
 }

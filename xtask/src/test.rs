@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::host::Place;
-use crate::programs::{self, Launch, PACKAGE};
+use crate::programs::{self, Launch};
 use crate::step::{call, step};
 use crate::{build, host, kernel, lab, paths};
 
@@ -72,27 +72,14 @@ fn check(total: &mut Total) -> Result<bool> {
         "warnings",
     ];
     good &= passes("lints", cargo().args(lints));
-    let unit = [
-        "test",
-        "--workspace",
-        "--exclude",
-        PACKAGE,
-        "--no-fail-fast",
-    ];
+    let unit = ["test", "--workspace", "--no-fail-fast"];
     good &= step("unit tests", || counted(cargo().args(unit), total))?;
-    if programs::has("src/lib.rs") {
-        let own = ["test", "-p", PACKAGE, "--lib", "--no-fail-fast"];
-        good &= step("unit tests of the end-to-end tests", || {
-            counted(cargo().args(own), total)
-        })?;
-    }
     Ok(good)
 }
 
 fn end_to_end(filter: Option<&str>, total: &mut Total) -> Result<bool> {
     let kernel = kernel::ensure()?;
     build::build(&kernel)?;
-    programs::build_test("e2e")?;
     let place = host::place();
     host::announce(&place);
     // One at a time: a lab has two slow processors, and tests compare what is left before and after.
