@@ -256,3 +256,150 @@ fn pack<M: MessageFull>(message: &M) -> Any {
     any.value = message.write_to_bytes().unwrap_or_default();
     any
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use supermachine_runtime::events::Exit;
+    use tokio::net::UnixListener;
+    use tokio::sync::mpsc::{self, UnboundedSender};
+    use ttrpc::asynchronous::transport::Listener;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// A containerd that hears events.
+    struct Ear(UnboundedSender<Envelope>);
+
+    #[async_trait]
+    impl Events for Ear {
+        async fn forward(
+            &self,
+            _: &TtrpcContext,
+            req: api::ForwardRequest,
+        ) -> ttrpc::Result<api::Empty> {
+            let _ = self.0.send(req.envelope.unwrap_or_default());
+            Ok(api::Empty::new())
+        }
+    }
+
+    async fn listen(path: &Path, heard: UnboundedSender<Envelope>) -> Server {
+        let _ = fs::remove_file(path);
+        let listener = Listener::from(UnixListener::bind(path).unwrap());
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(create_events(Arc::new(Ear(heard))));
+        server.start().await.unwrap();
+        server
+    }
+
+    fn publisher(ttrpc_address: &Path, binary: &str) -> Publisher {
+        Publisher {
+            namespace: "default".to_owned(),
+            address: "/c.sock".to_owned(),
+            ttrpc_address: ttrpc_address.display().to_string(),
+            binary: binary.to_owned(),
+            client: None,
+        }
+    }
+
+    fn started(id: &str) -> Event {
+        Event::Started {
+            container_id: id.to_owned(),
+            pid: 7,
+        }
+    }
+
+    #[tokio::test]
+    async fn events_arrive_in_order_also_after_containerd_restarted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ttrpc");
+        let (sender, mut heard) = mpsc::unbounded_channel();
+        let mut server = listen(&path, sender.clone()).await;
+        let (events, queue) = mpsc::unbounded_channel();
+        let (close, closing) = oneshot::channel();
+        let run = tokio::spawn(publisher(&path, "").run(queue, closing));
+        events.send(started("a")).unwrap();
+        let first = heard.recv().await.unwrap();
+        assert_eq!(first.topic, topics::TASK_START_EVENT_TOPIC);
+        assert_eq!(first.namespace, "default");
+        assert_eq!(first.event.type_url, "containerd.events.TaskStart");
+
+        server.shutdown().await.unwrap();
+        events.send(started("b")).unwrap();
+        events
+            .send(Event::Exited {
+                container_id: "b".to_owned(),
+                exec_id: String::new(),
+                pid: 7,
+                exit: Exit {
+                    status: 3,
+                    at: SystemTime::now(),
+                },
+            })
+            .unwrap();
+        let _server = listen(&path, sender).await;
+        assert_eq!(
+            heard.recv().await.unwrap().topic,
+            topics::TASK_START_EVENT_TOPIC
+        );
+        let exit = heard.recv().await.unwrap();
+        assert_eq!(exit.topic, topics::TASK_EXIT_EVENT_TOPIC);
+        let exit = task::TaskExit::parse_from_bytes(&exit.event.value).unwrap();
+        assert_eq!((exit.id.as_str(), exit.exit_status), ("b", 3));
+
+        close.send(()).unwrap();
+        run.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_queued_at_the_end_is_delivered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ttrpc");
+        let (sender, mut heard) = mpsc::unbounded_channel();
+        let _server = listen(&path, sender).await;
+        let (events, queue) = mpsc::unbounded_channel();
+        let (close, closing) = oneshot::channel();
+        for id in ["a", "b", "c"] {
+            events.send(started(id)).unwrap();
+        }
+        close.send(()).unwrap();
+        publisher(&path, "").run(queue, closing).await;
+        for _ in 0..3 {
+            heard.try_recv().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn without_a_ttrpc_socket_the_binary_publishes() {
+        let directory = tempfile::tempdir().unwrap();
+        let binary = directory.path().join("containerd");
+        let out = directory.path().join("out");
+        let script = format!("#!/bin/sh\necho \"$@\" > {0}\ncat >> {0}\n", out.display());
+        fs::write(&binary, script).unwrap();
+        fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+        let (events, queue) = mpsc::unbounded_channel();
+        let (close, closing) = oneshot::channel();
+        events.send(started("a")).unwrap();
+        close.send(()).unwrap();
+        let none = Path::new("");
+        publisher(none, &binary.display().to_string())
+            .run(queue, closing)
+            .await;
+        let out = fs::read(out).unwrap();
+        let split = out.iter().position(|byte| *byte == b'\n').unwrap();
+        let line = String::from_utf8(out[..split].to_vec()).unwrap();
+        assert_eq!(
+            line,
+            "--address /c.sock publish --topic /tasks/start --namespace default"
+        );
+        let event = Any::parse_from_bytes(&out[split + 1..]).unwrap();
+        assert_eq!(event.type_url, "containerd.events.TaskStart");
+    }
+}

@@ -272,3 +272,88 @@ pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
     stamp.nanos = i32::try_from(since.subsec_nanos()).unwrap_or(0);
     stamp
 }
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::shim_async::{Client, TaskClient};
+    use protobuf::Message;
+    use supermachine_runtime::config::Resolved;
+    use tokio::net::{UnixListener, UnixStream};
+    use tokio::sync::mpsc;
+    use ttrpc::asynchronous::Server;
+    use ttrpc::asynchronous::transport::{Listener, Socket};
+    use ttrpc::context::with_timeout;
+
+    use super::*;
+
+    /// A service without a container, and a connection to it.
+    async fn serve(directory: &Path) -> (Server, Client, Arc<Notify>) {
+        let line = ["-namespace", "default", "-id", "c1"].map(str::to_owned);
+        let args = Args::parse(line.into_iter()).unwrap();
+        let sandbox = Sandbox::new(Resolved::default(), mpsc::unbounded_channel().0);
+        let done = Arc::new(Notify::new());
+        let path = directory.join("task");
+        let listener = Listener::from(UnixListener::bind(&path).unwrap());
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(services(Task::new(&args, sandbox, done.clone())));
+        server.start().await.unwrap();
+        let stream = UnixStream::connect(&path).await.unwrap();
+        (server, Client::new(Socket::from(stream)), done)
+    }
+
+    fn code<T: std::fmt::Debug>(reply: ttrpc::Result<T>) -> Code {
+        match reply.unwrap_err() {
+            ttrpc::Error::RpcStatus(status) => status.code(),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn both_names_lead_to_the_same_methods() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_server, client, _) = serve(directory.path()).await;
+        for service in [V2, V3] {
+            let mut request = ttrpc::Request::new();
+            request.service = service.to_owned();
+            request.method = "Connect".to_owned();
+            request.payload = api::ConnectRequest::new().write_to_bytes().unwrap();
+            let reply = client.request(request).await.unwrap();
+            let reply = api::ConnectResponse::parse_from_bytes(&reply.payload).unwrap();
+            assert_eq!(reply.shim_pid, std::process::id(), "{service}");
+        }
+    }
+
+    #[tokio::test]
+    async fn refusals_have_containerds_codes() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_server, client, _) = serve(directory.path()).await;
+        let task = TaskClient::new(client);
+        let mut state = api::StateRequest::new();
+        state.id = "c1".to_owned();
+        assert_eq!(
+            code(task.state(with_timeout(0), &state).await),
+            Code::NOT_FOUND
+        );
+        let pause = task.pause(with_timeout(0), &api::PauseRequest::new()).await;
+        assert_eq!(code(pause), Code::UNIMPLEMENTED);
+        let stats = task.stats(with_timeout(0), &api::StatsRequest::new()).await;
+        assert_eq!(code(stats), Code::UNIMPLEMENTED);
+        let mut create = api::CreateTaskRequest::new();
+        create.id = "../c1".to_owned();
+        create.bundle = "/b".to_owned();
+        let create = task.create(with_timeout(0), &create).await;
+        assert_eq!(code(create), Code::INVALID_ARGUMENT);
+    }
+
+    #[tokio::test]
+    async fn an_empty_sandbox_may_be_shut_down() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_server, client, done) = serve(directory.path()).await;
+        let task = TaskClient::new(client);
+        let request = api::ShutdownRequest::new();
+        task.shutdown(with_timeout(0), &request).await.unwrap();
+        let told = tokio::time::timeout(std::time::Duration::from_secs(5), done.notified());
+        told.await.unwrap();
+    }
+}
