@@ -213,11 +213,11 @@ fn the_boot_parameters_say_where_everything_is() {
         let word = |at| read(at).unwrap();
         assert_eq!(word(0x202), 0x5372_6448);
         assert_eq!(word(0x228), layout::COMMAND_LINE.0 as u32);
-        let mut command_line = [0; 14];
+        let mut command_line = [0; 22];
         memory
             .read_slice(&mut command_line, layout::COMMAND_LINE)
             .unwrap();
-        assert_eq!(&command_line, b"quiet init=/x\0");
+        assert_eq!(&command_line, b"pci=off quiet init=/x\0");
         let (at, size) = (word(0x218), word(0x21c));
         assert_eq!((at % 4096, size), (0, 5000));
         let mut loaded = [0; 5000];
@@ -253,8 +253,9 @@ fn the_boot_parameters_say_where_everything_is() {
 fn a_command_line_too_long_is_refused() {
     let image = elf(62, 2, MIB, 16, 16);
     let memory = memory(64 * MIB);
-    assert!(boot(&memory, &image, None, &"x".repeat(2047)).is_ok());
-    match boot(&memory, &image, None, &"x".repeat(2048)) {
+    // "pci=off " goes before it.
+    assert!(boot(&memory, &image, None, &"x".repeat(2039)).is_ok());
+    match boot(&memory, &image, None, &"x".repeat(2040)) {
         Err(LoadError::CommandLine {
             len: 2048,
             max: 2047,
