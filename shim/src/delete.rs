@@ -25,8 +25,8 @@ const KILLED: u32 = 137;
 /// # Errors
 /// The ledger cannot be read, or what it lists cannot be undone.
 pub(crate) fn run(args: &Args) -> Result<(), BoxError> {
-    let pid = end_daemon(&args.bundle.join(PID_FILE))?;
-    sandbox::clean_up(&config::load(None)?, &args.namespace, &args.id)?;
+    end_daemon(&args.bundle.join(PID_FILE))?;
+    let pid = sandbox::clean_up(&config::load(None)?, &args.namespace, &args.id)?;
     match fs::remove_file(socket_of(args)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -38,24 +38,21 @@ pub(crate) fn run(args: &Args) -> Result<(), BoxError> {
     Ok(io::stdout().write_all(&response.write_to_bytes()?)?)
 }
 
-/// Kills the daemon if it lives and waits for its end. Answers its pid.
-fn end_daemon(pid_file: &Path) -> Result<Option<u32>, BoxError> {
+/// Kills the daemon if it lives and waits for its end.
+fn end_daemon(pid_file: &Path) -> Result<(), BoxError> {
     let file = match File::open(pid_file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result?,
     };
-    let pid: Option<u32> = fs::read_to_string(pid_file)?.trim().parse().ok();
+    let pid: Option<i32> = fs::read_to_string(pid_file)?.trim().parse().ok();
     // Only the daemon holds the lock, so while it is held the number is the daemon's.
     if flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
-        let target = pid
-            .and_then(|pid| i32::try_from(pid).ok())
-            .and_then(Pid::from_raw);
-        if let Some(target) = target {
+        if let Some(target) = pid.and_then(Pid::from_raw) {
             let _ = kill_process(target, Signal::KILL);
             flock(&file, FlockOperation::LockShared)?;
         }
     }
-    Ok(pid)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -79,7 +76,7 @@ mod tests {
         let mut bystander = Command::new("sleep").arg("1000").spawn().unwrap();
 
         fs::write(&path, daemon.id().to_string()).unwrap();
-        assert_eq!(end_daemon(&path).unwrap(), Some(daemon.id()));
+        end_daemon(&path).unwrap();
         assert_eq!(daemon.wait().unwrap().signal(), Some(9));
 
         // Nobody holds the lock any more: the number may be anybody's.
@@ -93,6 +90,6 @@ mod tests {
     #[test]
     fn a_container_that_never_had_a_daemon_is_fine() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(end_daemon(&directory.path().join(PID_FILE)).unwrap(), None);
+        end_daemon(&directory.path().join(PID_FILE)).unwrap();
     }
 }

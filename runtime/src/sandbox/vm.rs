@@ -61,15 +61,26 @@ impl Sandbox {
     }
 }
 
-/// Undoes whatever the shim of container `id`, which is gone, had acquired.
+/// Undoes whatever the shim of container `id`, which is gone, had acquired. Answers the pid that
+/// stood for the container, if it came that far.
 ///
 /// # Errors
 /// The ledger cannot be read, or something on it cannot be undone.
-pub fn clean_up(config: &Resolved, namespace: &str, id: &str) -> Result<(), ledger::Error> {
-    match Ledger::open(&directory(config, namespace, id)) {
-        Err(ledger::Error::NotFound { .. }) => Ok(()),
-        ledger => ledger?.undo(),
-    }
+pub fn clean_up(
+    config: &Resolved,
+    namespace: &str,
+    id: &str,
+) -> Result<Option<u32>, ledger::Error> {
+    let ledger = match Ledger::open(&directory(config, namespace, id)) {
+        Err(ledger::Error::NotFound { .. }) => return Ok(None),
+        ledger => ledger?,
+    };
+    let pid = ledger.entries().iter().find_map(|entry| match entry {
+        Entry::Child { pid, .. } => Some(*pid),
+        _ => None,
+    });
+    ledger.undo()?;
+    Ok(pid)
 }
 
 fn directory(config: &Resolved, namespace: &str, id: &str) -> PathBuf {
