@@ -46,11 +46,10 @@ fn end_daemon(pid_file: &Path) -> Result<(), BoxError> {
     };
     let pid: Option<i32> = fs::read_to_string(pid_file)?.trim().parse().ok();
     // Only the daemon holds the lock, so while it is held the number is the daemon's.
-    if flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
-        if let Some(target) = pid.and_then(Pid::from_raw) {
-            let _ = kill_process(target, Signal::KILL);
-            flock(&file, FlockOperation::LockShared)?;
-        }
+    let locked = flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+    if let Some(target) = pid.and_then(Pid::from_raw).filter(|_| locked) {
+        let _ = kill_process(target, Signal::KILL);
+        flock(&file, FlockOperation::LockShared)?;
     }
     Ok(())
 }
