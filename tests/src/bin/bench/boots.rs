@@ -32,7 +32,10 @@ fn exec() -> Point {
 }
 
 fn marker() -> Point {
-    Point { name: "kvm/kvm_cpuid", filter: Some(format!("function == {MARKER}")) }
+    Point {
+        name: "kvm/kvm_cpuid",
+        filter: Some(format!("function == {MARKER}")),
+    }
 }
 
 /// Boots once, with nothing traced but the two ends.
@@ -65,7 +68,13 @@ pub(crate) fn agent_ready(tracer: &Tracer, exe: &Path, files: &Files) -> Result<
 
 /// Boots once with all exits traced; the raw trace goes to `raw`.
 pub(crate) fn exits(tracer: &Tracer, vmm: &Vmm, files: &Files, raw: &Path) -> Result<Exits> {
-    let points = ["kvm/kvm_entry", "kvm/kvm_exit", "kvm/kvm_cpuid", "kvm/kvm_pio", "kvm/kvm_mmio"];
+    let points = [
+        "kvm/kvm_entry",
+        "kvm/kvm_exit",
+        "kvm/kvm_cpuid",
+        "kvm/kvm_pio",
+        "kvm/kvm_mmio",
+    ];
     let mut points: Vec<Point> = points.map(Point::all).into();
     points.extend([exec(), Point::all("kvm/kvm_msr")]);
     let run = || {
@@ -83,7 +92,10 @@ pub(crate) fn exits(tracer: &Tracer, vmm: &Vmm, files: &Files, raw: &Path) -> Re
         .find(|record| record.event == "kvm_entry")
         .context("no entry into the guest was traced")?;
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
-    for record in records.iter().filter(|record| record.event == "kvm_exit" && record.time < init) {
+    for record in records
+        .iter()
+        .filter(|record| record.event == "kvm_exit" && record.time < init)
+    {
         *counts.entry(reason(record)).or_default() += 1;
     }
     let mut reasons: Vec<_> = counts.into_iter().collect();
@@ -130,7 +142,10 @@ fn marker_of(records: &[Record]) -> Result<u64> {
 
 /// `vcpu 0 reason npf rip …`
 fn reason(record: &Record) -> String {
-    let mut words = record.text.split_whitespace().skip_while(|word| *word != "reason");
+    let mut words = record
+        .text
+        .split_whitespace()
+        .skip_while(|word| *word != "reason");
     let name = words.nth(1).unwrap_or("unknown");
     name.trim_start_matches("EXIT_").to_lowercase()
 }

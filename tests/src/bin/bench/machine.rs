@@ -35,7 +35,11 @@ pub(crate) struct Files {
 impl Files {
     /// Makes what the guest needs in `dir`.
     pub(crate) fn new(kernel: PathBuf, agent: PathBuf, dir: &Path) -> Result<Self> {
-        let files = Self { kernel, agent, dir: dir.to_path_buf() };
+        let files = Self {
+            kernel,
+            agent,
+            dir: dir.to_path_buf(),
+        };
         for init in [Init::Reset, Init::Idle] {
             std::fs::write(files.initramfs(init), guest::initramfs(init))
                 .context("cannot write an initramfs")?;
@@ -112,7 +116,11 @@ fn bare(files: &Files, init: Init) -> Result<BootSpec> {
         initramfs: Some(open(&files.initramfs(init))?),
         cmdline: COMMAND_LINE.to_owned(),
         serial: Some(null()?),
-        disks: vec![DiskSpec { file: disk, read_only: false, serial: "bench".to_owned() }],
+        disks: vec![DiskSpec {
+            file: disk,
+            read_only: false,
+            serial: "bench".to_owned(),
+        }],
         console: None,
         vsock: None,
         balloon: false,
@@ -121,7 +129,10 @@ fn bare(files: &Files, init: Init) -> Result<BootSpec> {
 }
 
 fn null() -> Result<std::os::fd::OwnedFd> {
-    let null = File::options().write(true).open("/dev/null").context("no /dev/null")?;
+    let null = File::options()
+        .write(true)
+        .open("/dev/null")
+        .context("no /dev/null")?;
     Ok(null.into())
 }
 
@@ -132,32 +143,52 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     let mut spec = bare(files, Init::Reset)?;
     spec.memory = 256 << 20;
     spec.initramfs = Some(open(&files.agent)?);
-    spec.console =
-        Some(ConsoleSpec { ports: vec!["supermachine.agent".to_owned()], max_ports: 17 });
+    spec.console = Some(ConsoleSpec {
+        ports: vec!["supermachine.agent".to_owned()],
+        max_ports: 17,
+    });
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     spec.balloon = true;
     spec.rng = true;
-    boot_ours(exe, &spec)
+    let running = boot_ours(exe, &spec)?;
+    if let Running::Ours(vm, _) = &running {
+        vm.attach_port(0, None, Some(null()?))
+            .context("the guest has no console")?;
+    }
+    Ok(running)
 }
 
 fn boot_ours(exe: &Path, spec: &BootSpec) -> Result<Running> {
     let (sender, events) = mpsc::channel();
-    let config = SpawnConfig { exe: exe.to_path_buf(), ..SpawnConfig::new("bench") };
+    let config = SpawnConfig {
+        exe: exe.to_path_buf(),
+        ..SpawnConfig::new("bench")
+    };
     let on_event = move |event| {
         // Refused only once nobody waits any more.
         let _ = sender.send((trace::now().unwrap_or(0), event));
     };
     let vm = VmHandle::spawn(config, Box::new(on_event)).context("cannot start our VMM")?;
-    vm.boot(spec, DEADLINE).context("our VMM does not boot the guest")?;
+    vm.boot(spec, DEADLINE)
+        .context("our VMM does not boot the guest")?;
     Ok(Running::Ours(vm, events))
 }
 
 fn boot_qemu(exe: &Path, files: &Files, init: Init) -> Result<Running> {
     let drive = format!("id=d,file={},format=raw,if=none", files.disk().display());
     let child = Command::new(exe)
-        .args(["-machine", "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off"])
+        .args([
+            "-machine",
+            "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off",
+        ])
         .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", "128M"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
         .args(["-serial", "null", "-append", COMMAND_LINE])
         .arg("-kernel")
         .arg(&files.kernel)
@@ -183,7 +214,10 @@ impl Running {
     pub(crate) fn ended(self) -> Result<u64> {
         match self {
             Self::Ours(_vm, events) => loop {
-                match events.recv_timeout(DEADLINE).context("our guest does not end")? {
+                match events
+                    .recv_timeout(DEADLINE)
+                    .context("our guest does not end")?
+                {
                     (time, Event::Ended(Exit::TripleFault | Exit::Reset)) => return Ok(time),
                     (_, Event::Ended(exit)) => bail!("our guest ended oddly: {exit}"),
                     _ => {}
@@ -199,9 +233,14 @@ impl Running {
 
     /// Waits for the guest's agent; answers when the news arrived. Ours only.
     pub(crate) fn agent_ready(&self) -> Result<u64> {
-        let Self::Ours(_, events) = self else { bail!("only our guests have an agent") };
+        let Self::Ours(_, events) = self else {
+            bail!("only our guests have an agent")
+        };
         loop {
-            match events.recv_timeout(DEADLINE).context("the agent does not get ready")? {
+            match events
+                .recv_timeout(DEADLINE)
+                .context("the agent does not get ready")?
+            {
                 (time, Event::PortOpened { port: 0 }) => return Ok(time),
                 (_, Event::Ended(exit)) => bail!("the guest ended: {exit}"),
                 _ => {}

@@ -84,7 +84,8 @@ impl Tracer {
 
     fn write(&self, file: impl AsRef<Path>, value: &str) -> Result<()> {
         let file = self.root.join(file);
-        fs::write(&file, value).with_context(|| format!("cannot write {value} to {}", file.display()))
+        fs::write(&file, value)
+            .with_context(|| format!("cannot write {value} to {}", file.display()))
     }
 }
 

@@ -1,0 +1,319 @@
+//! Figures of ours beside runc's and QEMU's, taken in one run.
+//!
+//!     bench --images DIR [--icount] [--runs N] [--profile] …
+//!
+//! In wall time: containers through containerd, memory, and boots. With `--icount`, on a machine of
+//! one processor whose clock counts instructions: boots alone, which then repeat to a percent.
+//! What goes to `$SUPERMACHINE_OUT`: the tables, and the traces they were made from.
+
+mod boots;
+mod containers;
+mod guest;
+mod machine;
+mod memory;
+mod report;
+mod trace;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use supermachine_tests::step::say;
+use supermachine_tests::{RUNC, RUNTIME};
+
+use boots::{Boot, Exits};
+use containers::Host;
+use guest::Init;
+use machine::{Files, Vmm};
+use memory::Idle;
+use report::{Report, durations, milliseconds};
+use trace::Tracer;
+
+/// Programs that are QEMU, the one with least in it first.
+const QEMU: [&str; 2] = ["qemu-system-x86_64-microvm", "qemu-system-x86_64"];
+/// The reasons of exits that are named.
+const REASONS: usize = 6;
+
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder with busybox.tar, an OCI archive
+    #[arg(long)]
+    images: PathBuf,
+    /// Only what is counted in instructions: the clock of this machine does that
+    #[arg(long)]
+    icount: bool,
+    /// Measured runs of each kind, after one that isn't
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// The program whose VMM is measured; a name is looked for on PATH
+    #[arg(long, default_value = "containerd-shim-supermachine-v2")]
+    vmm: PathBuf,
+    /// The configuration that names kernel and initramfs
+    #[arg(
+        long,
+        env = "SUPERMACHINE_CONFIG",
+        default_value = "/etc/supermachine/config.toml"
+    )]
+    config: PathBuf,
+    /// Leave containers out
+    #[arg(long)]
+    no_containers: bool,
+    /// Also trace system calls and page faults of one boot each
+    #[arg(long)]
+    profile: bool,
+}
+
+fn main() -> ExitCode {
+    // This program can be its own `--vmm`.
+    if let Some(code) = supermachine_vmm::child::main() {
+        return code;
+    }
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("bench: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    // On a disk, not on tmpfs.
+    let dir = tempfile::tempdir_in("/var/tmp").context("no folder for the bench")?;
+    let out = std::env::var_os("SUPERMACHINE_OUT").map_or_else(|| dir.path().into(), PathBuf::from);
+    let (kernel, agent) = configured(&args.config)?;
+    let bench = Bench {
+        files: Files::new(kernel, agent, dir.path())?,
+        ours: Vmm::Ours(on_path(&[&args.vmm.to_string_lossy()])?),
+        qemu: Vmm::Qemu(on_path(&QEMU)?),
+        tracer: Tracer::open()?,
+        out,
+        runs: args.runs,
+    };
+    let mut report = Report::default();
+    if !args.icount && !args.no_containers {
+        containers(&mut report, &args.images, args.runs);
+    }
+    bench.boots(&mut report);
+    if !args.icount {
+        bench.idle(&mut report);
+        sizes(&mut report);
+    }
+    if args.profile {
+        bench.profile(&mut report);
+    }
+    if args.icount {
+        report.finish("Counted in instructions (1 ms is a million)", "icount.md")
+    } else {
+        report.finish("Wall time", "wall.md")
+    }
+}
+
+/// Kernel and initramfs of the installation.
+fn configured(config: &Path) -> Result<(PathBuf, PathBuf)> {
+    let text = std::fs::read_to_string(config)
+        .with_context(|| format!("cannot read {}", config.display()))?;
+    let table: toml::Table = text.parse().context("the configuration is not TOML")?;
+    let path = |key: &str| {
+        let value = table
+            .get("kernel")
+            .and_then(|kernel| kernel.get(key)?.as_str());
+        value
+            .map(PathBuf::from)
+            .with_context(|| format!("the configuration has no kernel.{key}"))
+    };
+    Ok((path("path")?, path("initramfs")?))
+}
+
+/// The first of `names` that is a file on PATH, or as it stands.
+fn on_path(names: &[&str]) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    names
+        .iter()
+        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)))
+        .find(|file| file.is_file())
+        .with_context(|| format!("{} is not on PATH", names.join(" nor ")))
+}
+
+fn containers(report: &mut Report, images: &Path, runs: usize) {
+    let Some(host) = report.take("containers", Host::start(images)) else {
+        return;
+    };
+    let [ours, runc] = host.runs(runs);
+    let ours = report
+        .take("containers on supermachine", ours)
+        .unwrap_or_default();
+    let runc = report.take("containers on runc", runc).unwrap_or_default();
+    let name = "`ctr run … echo` to first output (beside: runc)";
+    report.row(name, durations(&ours.run), durations(&runc.run));
+    report.row(
+        "the same to the end of `ctr`",
+        durations(&ours.run_end),
+        durations(&runc.run_end),
+    );
+    let ours = report
+        .take("exec on supermachine", host.sleeper(RUNTIME, runs))
+        .unwrap_or_default();
+    let runc = report
+        .take("exec on runc", host.sleeper(RUNC, runs))
+        .unwrap_or_default();
+    let name = "`ctr task exec … echo` to first output (beside: runc)";
+    report.row(name, durations(&ours.0), durations(&runc.0));
+    let name = "idle shim, RSS / PSS / private dirty (beside: runc's)";
+    report.row(name, memory_of(ours.1.first()), memory_of(runc.1.first()));
+    let name = "idle VMM beside the guest's RAM, with all devices";
+    report.row(name, memory_of(ours.1.get(1)), "—");
+    let name = "idle shim, context switches a second (beside: runc's)";
+    report.row(name, wakeups(ours.1.first()), wakeups(runc.1.first()));
+    report.row(
+        "idle VMM, context switches a second",
+        wakeups(ours.1.get(1)),
+        "—",
+    );
+}
+
+fn sizes(report: &mut Report) {
+    for name in ["containerd-shim-supermachine-v2", "supermachine"] {
+        let size = on_path(&[name]).and_then(|path| Ok(path.metadata()?.len()));
+        if let Some(size) = report.take(name, size) {
+            report.row(
+                &format!("size of `{name}`, static"),
+                mebibytes(size >> 10),
+                "—",
+            );
+        }
+    }
+}
+
+struct Bench {
+    files: Files,
+    ours: Vmm,
+    qemu: Vmm,
+    tracer: Tracer,
+    out: PathBuf,
+    runs: usize,
+}
+
+impl Bench {
+    /// By turns; the first of each finds cold caches and is not counted.
+    fn boots(&self, report: &mut Report) {
+        let (mut ours, mut qemu, mut agent) = (Vec::new(), Vec::new(), Vec::new());
+        for turn in 0..=self.runs {
+            for (vmm, boots) in [(&self.ours, &mut ours), (&self.qemu, &mut qemu)] {
+                let boot = boots::boot(&self.tracer, vmm, &self.files);
+                boots.extend(report.take(vmm.name(), boot).filter(|_| turn > 0));
+            }
+            let Vmm::Ours(exe) = &self.ours else { continue };
+            let ready = boots::agent_ready(&self.tracer, exe, &self.files);
+            agent.extend(report.take("agent ready", ready).filter(|_| turn > 0));
+        }
+        let pick = |boots: &[Boot], field: fn(&Boot) -> u64| {
+            milliseconds(&boots.iter().map(field).collect::<Vec<_>>())
+        };
+        let beside = format!("(beside: {})", self.qemu.name());
+        let init: fn(&Boot) -> u64 = |boot| boot.to_init;
+        let end: fn(&Boot) -> u64 = |boot| boot.to_end;
+        let name = format!("exec of the VMM to a bare `/init` {beside}");
+        report.row(&name, pick(&ours, init), pick(&qemu, init));
+        report.row(
+            "the same to its end, after a reset",
+            pick(&ours, end),
+            pick(&qemu, end),
+        );
+        report.row(
+            "exec of the VMM to agent ready, all devices",
+            milliseconds(&agent),
+            "—",
+        );
+        self.exits(report, &beside);
+    }
+
+    fn exits(&self, report: &mut Report, beside: &str) {
+        let exits = |vmm: &Vmm, file: &str| {
+            boots::exits(&self.tracer, vmm, &self.files, &self.out.join(file))
+        };
+        let ours = report.take("exits of supermachine", exits(&self.ours, "exits-ours.txt"));
+        let qemu = report.take("exits of QEMU", exits(&self.qemu, "exits-qemu.txt"));
+        let of = |exits: &Option<Exits>, text: fn(&Exits) -> String| {
+            exits.as_ref().map_or_else(|| "—".to_owned(), text)
+        };
+        let part: fn(&Exits) -> String = |exits| milliseconds(&[exits.vmm_part]);
+        let total: fn(&Exits) -> String = |exits| exits.total.to_string();
+        let name = format!("the VMM's part of it: exec to first KVM_RUN {beside}");
+        report.row(&name, of(&ours, part), of(&qemu, part));
+        report.row(
+            &format!("exits until `/init` {beside}"),
+            of(&ours, total),
+            of(&qemu, total),
+        );
+        report.row(
+            "their most frequent reasons",
+            of(&ours, reasons),
+            of(&qemu, reasons),
+        );
+    }
+
+    /// The bare VMMs while their guest sleeps.
+    fn idle(&self, report: &mut Report) {
+        let watch = |vmm: &Vmm| -> Result<Idle> {
+            let running = vmm.boot(&self.files, Init::Idle)?;
+            let idle = memory::watch(&[running.pid()]);
+            running.kill();
+            idle?.pop().context("nothing was watched")
+        };
+        let ours = report.take("idle supermachine", watch(&self.ours));
+        let qemu = report.take("idle QEMU", watch(&self.qemu));
+        let name = format!(
+            "idle VMM beside the guest's RAM, one disk, RSS / PSS / private dirty (beside: {})",
+            self.qemu.name()
+        );
+        report.row(&name, memory_of(ours.as_ref()), memory_of(qemu.as_ref()));
+        report.row(
+            "its context switches a second",
+            wakeups(ours.as_ref()),
+            wakeups(qemu.as_ref()),
+        );
+    }
+
+    fn profile(&self, report: &mut Report) {
+        for (vmm, file) in [
+            (&self.ours, "profile-ours.txt"),
+            (&self.qemu, "profile-qemu.txt"),
+        ] {
+            let done = boots::profile(&self.tracer, vmm, &self.files, &self.out.join(file));
+            report.take("profile", done);
+        }
+    }
+}
+
+fn reasons(exits: &Exits) -> String {
+    let named = exits.reasons.iter().take(REASONS);
+    named
+        .map(|(name, count)| format!("{name} {count}"))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn memory_of(idle: Option<&Idle>) -> String {
+    idle.map_or_else(
+        || "—".to_owned(),
+        |idle| {
+            let [resident, proportional, dirty] =
+                [idle.resident, idle.proportional, idle.private_dirty].map(mebibytes);
+            format!("{resident} / {proportional} / {dirty}")
+        },
+    )
+}
+
+fn wakeups(idle: Option<&Idle>) -> String {
+    idle.map_or_else(
+        || "—".to_owned(),
+        |idle| format!("{:.1} ({} threads)", idle.wakeups, idle.threads),
+    )
+}
+
+fn mebibytes(kibibytes: u64) -> String {
+    format!("{:.1} MiB", kibibytes as f64 / 1024.0)
+}
