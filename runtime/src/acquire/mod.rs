@@ -21,9 +21,18 @@ pub use limits::HostCgroup;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("Cannot open the guest's {what} {}; see {key} in the configuration", path.display())]
-    Boot { what: &'static str, path: PathBuf, key: &'static str, source: io::Error },
+    Boot {
+        what: &'static str,
+        path: PathBuf,
+        key: &'static str,
+        source: io::Error,
+    },
     #[error("The guest kernel {} has SHA-256 {found}; kernel.sha256 says {expected}", path.display())]
-    Digest { path: PathBuf, found: Digest, expected: Digest },
+    Digest {
+        path: PathBuf,
+        found: Digest,
+        expected: Digest,
+    },
     #[error(transparent)]
     Image(#[from] images::Error),
     #[error(transparent)]
@@ -59,7 +68,11 @@ pub struct AcquiredDisk {
 /// Something isn't there or can't be made; the ledger, dropped, undoes the rest.
 pub fn acquire(plan: &Plan, ledger: &mut Ledger, config: &Resolved) -> Result<Resources, Error> {
     for left_out in &plan.left_out {
-        tracing::debug!(key = left_out.key, reason = left_out.reason, "Left out of the guest");
+        tracing::debug!(
+            key = left_out.key,
+            reason = left_out.reason,
+            "Left out of the guest"
+        );
     }
     let cache = Cache::open(config)?;
     let kernel = kernel::open(config)?;
