@@ -138,7 +138,7 @@ impl Shim {
     /// # Errors
     /// With what the shim wrote to its standard error.
     pub fn start(config: &ShimConfig, id: &str, bundle: &Path) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("supermachine-").tempdir()?;
+        let dir = tempfile::Builder::new().prefix("driven-").tempdir()?;
         let address = format!("unix://{}", dir.path().join("events.ttrpc").display());
         let received = Arc::new(Received::default());
         let service = create_events(Arc::clone(&received) as Arc<dyn Events + Send + Sync>);
