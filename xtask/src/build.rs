@@ -78,8 +78,32 @@ pub(crate) fn build(kernel: &Kernel) -> Result<()> {
             )
             .context("cannot write the initramfs")?;
         }
+        collect_kernels(&share)?;
         arrange(kernel, &share)
     })
+}
+
+/// Where the kernels are that tests boot beside the installed one.
+pub(crate) fn kernels() -> PathBuf {
+    paths::products().join("kernels")
+}
+
+/// Debian's kernel with its initramfs, and ours as a bzImage, as far as they are there.
+fn collect_kernels(share: &Path) -> Result<()> {
+    paths::remove_dir(&kernels())?;
+    paths::make_dir(&kernels())?;
+    let place = |from: &Path, name: &str| {
+        fs::copy(from, kernels().join(name)).with_context(|| format!("cannot copy {name}"))
+    };
+    if let Ok(stock) = stock::ensure() {
+        place(&stock.dir.join("vmlinuz"), "vmlinuz-stock")?;
+        let initramfs = "initramfs-stock.cpio";
+        place(&share.join(initramfs), initramfs)?;
+    }
+    if let Some(lean) = kernel::cached()? {
+        place(&lean.dir.join("bzImage"), "bzImage")?;
+    }
+    Ok(())
 }
 
 /// A cargo command for static binaries of ours.

@@ -63,6 +63,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
     );
     let env = [
         ("SUPERMACHINE_IMAGES", "/mnt/images"),
+        ("SUPERMACHINE_KERNELS", "/mnt/kernels"),
         ("SUPERMACHINE_OUT", "/out"),
     ];
     lab::run_installed(
@@ -71,7 +72,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             env: env
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .to_vec(),
-            add: vec![folder(), images::ensure()?],
+            add: vec![folder(), images::ensure()?, build::kernels()],
             out: launch.out,
             timeout: launch.timeout,
             icount: launch.icount,
@@ -112,6 +113,7 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
         .env("PATH", containerd::search_path(&bin, &[&ours])?)
         .env("SUPERMACHINE_CONFIG", &config)
         .env("SUPERMACHINE_IMAGES", &images)
+        .env("SUPERMACHINE_KERNELS", build::kernels())
         .env("SUPERMACHINE_OUT", &out)
         .stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start timeout")?;

@@ -54,7 +54,7 @@ fn configuration() -> Result<toml::Table> {
 }
 
 /// That configuration with `section.key` set to a TOML value, as a file of its own.
-fn configured(world: &World, changes: &[(&str, &str, &str)]) -> Result<ShimConfig> {
+pub(crate) fn configured(world: &World, changes: &[(&str, &str, &str)]) -> Result<ShimConfig> {
     let mut table = configuration()?;
     for (section, key, value) in changes {
         let value: toml::Table = format!("value = {value}").parse()?;

@@ -5,7 +5,8 @@
 //!
 //! Without an address it starts a containerd of its own. `containerd`, `ctr` and the shim are
 //! looked for on `PATH`; `SUPERMACHINE_IMAGES` names the folder with busybox.tar and debian.tar,
-//! `SUPERMACHINE_CONFIG` the shim's configuration. With `--runtime io.containerd.runc.v2` the same
+//! `SUPERMACHINE_KERNELS` the one with the kernels that [`kernels`] boots, `SUPERMACHINE_CONFIG` the
+//! shim's configuration. With `--runtime io.containerd.runc.v2` the same
 //! tests run on runc, which proves them; those that only make sense in a VM are skipped and say so.
 //! Everything after that is as with any Rust test program. One test at a time, because tests
 //! compare what is left on the host.
@@ -16,6 +17,7 @@ mod bad;
 mod driven;
 mod exec;
 mod input;
+mod kernels;
 mod leftovers;
 mod limits;
 mod output;
@@ -81,6 +83,7 @@ fn run(options: Options) -> Result<ExitCode> {
         leftovers::tests,
         refused::tests,
         driven::tests,
+        kernels::tests,
         bad::tests,
     ];
     if arguments.list {
