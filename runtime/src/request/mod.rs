@@ -1,10 +1,12 @@
 //! What containerd asks for, validated: nothing past this point sees a ttrpc type, an identifier
 //! that could leave its directory, or a relative path.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Process, Spec};
+use serde::de::IgnoredAny;
 
 /// The longest identifier containerd makes or accepts.
 const IDENTIFIER_MAX: usize = 76;
@@ -215,7 +217,10 @@ pub fn load_spec(bundle: &Path) -> Result<Spec, Error> {
         path: path.clone(),
         source,
     })?;
-    serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })
+    // An array would pass for a configuration of which everything is missing.
+    serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(&text)
+        .and_then(|_| serde_json::from_slice(&text))
+        .map_err(|source| Error::Malformed { path, source })
 }
 
 /// A request to run a further process in a container.

@@ -86,6 +86,10 @@ fn each_way_a_bundle_can_be_wrong_is_told_apart() {
         "{error}"
     );
 
+    std::fs::write(dir.path().join("config.json"), "[]").expect("write");
+    let error = load_spec(dir.path()).expect_err("an array");
+    assert!(matches!(&error, Error::Malformed { .. }), "{error}");
+
     std::fs::write(
         dir.path().join("config.json"),
         "{\"ociVersion\": \"1.1.0\"}",
