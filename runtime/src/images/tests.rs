@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, XattrFlags, flock, mknodat, setxattr};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use tempfile::TempDir;
 
@@ -346,7 +346,7 @@ fn the_budget_takes_the_image_unused_longest_and_never_one_in_use() {
         layer
     };
     let held = cache.layer(&layer("1")).expect("image");
-    drop(cache.layer(&layer("2")).expect("image"));
+    release(cache.layer(&layer("2")).expect("image"));
     let names = images_in(&root);
     drop(cache.layer(&layer("3")).expect("image"));
     let left = images_in(&root);
@@ -362,6 +362,15 @@ fn the_budget_takes_the_image_unused_longest_and_never_one_in_use() {
         "the image in use is gone"
     );
     drop(cache.layer(&layer("2")).expect("made again"));
+}
+
+/// Closes an image, and waits until processes that other tests are forking have closed theirs.
+fn release(image: File) {
+    use std::os::fd::AsRawFd;
+    let by_name = format!("/proc/self/fd/{}", image.as_raw_fd());
+    let same = File::open(by_name).expect("open again");
+    drop(image);
+    flock(&same, FlockOperation::LockExclusive).expect("lock");
 }
 
 #[test]

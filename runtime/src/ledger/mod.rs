@@ -69,7 +69,7 @@ pub struct Ledger {
     entries: Vec<Entry>,
     committed: bool,
     /// The directory itself, locked: one process at a time keeps or undoes a ledger.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Ledger {
@@ -241,7 +241,18 @@ pub fn read(directory: &Path) -> Result<Vec<Entry>, Error> {
     }
 }
 
-fn lock(directory: &Path) -> Result<File, Error> {
+/// A locked directory. Unlocked by hand when dropped: a process being forked elsewhere has a copy of
+/// the descriptor until it executes its program, and closing ours alone would leave the lock to it.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+fn lock(directory: &Path) -> Result<Lock, Error> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => Error::NotFound {
             directory: directory.to_path_buf(),
@@ -256,7 +267,7 @@ fn lock(directory: &Path) -> Result<File, Error> {
     };
     let file = File::open(directory).map_err(failed)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| failed(error.into()))?;
-    Ok(file)
+    Ok(Lock(file))
 }
 
 #[cfg(test)]
