@@ -2,7 +2,7 @@
 XTASK = cargo run -q -p xtask --
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench kernel lab check clean
+.PHONY: help demo test bench kernel lab check deny clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lab: ## A shell in the lab: a machine with working KVM, emulated by QEMU
 
 check: ## Format, lints and unit tests
 	@$(XTASK) test --quick
+
+deny: ## Licences, sources and advisories of everything we link
+	@$(XTASK) deny
 
 clean: ## Remove what was built; the cache, ~/.cache/supermachine, stays
 	@$(XTASK) lab down

@@ -15,6 +15,7 @@ mod build;
 mod containerd;
 mod cpio;
 mod demo;
+mod deny;
 mod host;
 mod images;
 mod kernel;
@@ -54,6 +55,8 @@ enum Task {
     Demo(demo::Args),
     /// Ours beside runc and QEMU, in one run
     Bench(bench::Args),
+    /// Licences, sources and advisories of everything we link
+    Deny(deny::Args),
     /// The lab's own side of the channel; started by the lab's init
     #[command(hide = true)]
     LabGuest,
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Deny(args) => deny::run(&args).map(|()| 0),
         Task::LabGuest => lab::guest::run().map(|()| 0),
     };
     match done {

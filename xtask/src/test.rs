@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::host::Place;
 use crate::programs::{self, Launch};
 use crate::step::{call, step};
-use crate::{build, host, kernel, lab, paths};
+use crate::{build, deny, host, kernel, lab, paths};
 
 /// The whole end-to-end run, in the lab on two slow processors.
 const E2E_LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -72,6 +72,8 @@ fn check(total: &mut Total) -> Result<bool> {
         "warnings",
     ];
     good &= passes("lints", cargo().args(lints));
+    // Without the advisories: a test's result must not change with the day.
+    good &= reported(deny::check(true));
     let unit = ["test", "--workspace", "--no-fail-fast"];
     good &= step("unit tests", || counted(cargo().args(unit), total))?;
     Ok(good)
@@ -118,7 +120,11 @@ fn cargo() -> Command {
 }
 
 fn passes(name: &str, command: &mut Command) -> bool {
-    step(name, || call(command))
+    reported(step(name, || call(command)))
+}
+
+fn reported(result: Result<()>) -> bool {
+    result
         .map_err(|error| eprintln!("xtask: {error:#}"))
         .is_ok()
 }
