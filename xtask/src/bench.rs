@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::containerd::Version;
 use crate::host::{self, Place};
 use crate::programs::{self, Launch};
 use crate::step::step;
@@ -44,6 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         step(name, || {
             let launch = Launch {
                 program: "bench",
+                containerd: Version::Newest,
                 args: &all,
                 timeout: Some(LIMIT),
                 out: Some(paths::products().join("bench")),

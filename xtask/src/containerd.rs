@@ -8,24 +8,53 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use crate::step::{quiet, text};
 use crate::{apt, paths};
 
-/// containerd 2.1, whose binaries run on any Debian since 12.
-const SUITE: &str = "sid";
+/// The containerds that everything is tried on. The binaries of both run on any Debian since 12.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum Version {
+    /// Debian stable's
+    #[value(name = "1.7")]
+    Stable,
+    /// The newest that is packaged
+    #[default]
+    #[value(name = "2.x")]
+    Newest,
+}
+
+impl Version {
+    pub(crate) const ALL: [Self; 2] = [Self::Newest, Self::Stable];
+
+    /// As the command line names it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stable => "1.7",
+            Self::Newest => "2.x",
+        }
+    }
+
+    fn suite(self) -> &'static str {
+        match self {
+            Self::Stable => "trixie",
+            Self::Newest => "sid",
+        }
+    }
+}
 
 /// What of containerd no run of ours uses. Kubernetes' side costs seconds of start in the lab.
 pub(crate) const CONFIG: &str = include_str!("containerd.toml");
 
 /// The folder with containerd, ctr and runc's shim, fetched now if the cache doesn't hold it.
-pub(crate) fn binaries() -> Result<PathBuf> {
+pub(crate) fn binaries(version: Version) -> Result<PathBuf> {
     let home = paths::cache()?.join("containerd");
-    let dir = home.join(SUITE);
+    let dir = home.join(version.suite());
     let bin = dir.join("usr/bin");
     if !bin.join("containerd").exists() {
         let _lock = paths::lock(&home, "fetch")?;
-        for deb in apt::Suite::open(SUITE)?.download(&["containerd"])? {
+        for deb in apt::Suite::open(version.suite())?.download(&["containerd"])? {
             apt::unpack(&deb, &dir)?;
         }
     }
@@ -55,12 +84,13 @@ impl Containerd {
     /// Starts one with its data in `root`, and state, socket and log in `state`. `path` goes before
     /// `PATH`: there it looks for shims.
     pub(crate) fn start(
+        version: Version,
         root: &Path,
         state: &Path,
         path: &[&Path],
         env: &[(&str, &Path)],
     ) -> Result<Self> {
-        let bin = binaries()?;
+        let bin = binaries(version)?;
         paths::make_dir(state)?;
         let (config, socket) = (state.join("config.toml"), state.join("containerd.sock"));
         fs::write(&config, CONFIG).context("cannot write containerd's configuration")?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::containerd::Version;
 use crate::host::{self, Place};
 use crate::programs::{self, Launch};
 use crate::step::step;
@@ -46,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     }
     let launch = Launch {
         program: "demo",
+        containerd: Version::Newest,
         args: &args,
         timeout: Some(LIMIT),
         out: None,
@@ -59,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
 fn prepare(place: &Place) -> Result<()> {
     images::ensure()?;
     match place {
-        Place::Native => crate::containerd::binaries().map(drop),
+        Place::Native => crate::containerd::binaries(Version::Newest).map(drop),
         Place::Lab(_) => lab::prepare(),
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::containerd::Version;
 use crate::host::Place;
 use crate::lab::Run;
 use crate::{build, containerd, images, lab, paths};
@@ -25,6 +26,7 @@ pub(crate) struct Launch<'a> {
     pub(crate) program: &'a str,
     /// Its arguments; `{images}` becomes the folder with the OCI archives.
     pub(crate) args: &'a [String],
+    pub(crate) containerd: Version,
     pub(crate) timeout: Option<Duration>,
     /// Where what it leaves in `$SUPERMACHINE_OUT` goes.
     pub(crate) out: Option<PathBuf>,
@@ -75,6 +77,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             add: vec![folder(), images::ensure()?, build::kernels()],
             out: launch.out,
             timeout: launch.timeout,
+            containerd: launch.containerd,
             icount: launch.icount,
             ..Run::default()
         },
@@ -98,7 +101,7 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
         .clone()
         .unwrap_or_else(|| data.path().join("out"));
     paths::make_dir(&out)?;
-    let bin = containerd::binaries()?;
+    let bin = containerd::binaries(launch.containerd)?;
     let ours = paths::products().join("bin");
     let mut command = Command::new("timeout");
     command

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::containerd::Version;
 use crate::host::Place;
 use crate::programs::{self, Launch};
 use crate::step::{call, step};
@@ -95,6 +96,7 @@ fn end_to_end(filter: Option<&str>, total: &mut Total) -> Result<bool> {
     paths::remove_dir(&out)?;
     let launch = Launch {
         program: "e2e",
+        containerd: Version::Newest,
         args: &args,
         timeout: Some(E2E_LIMIT),
         out: Some(out),

@@ -22,7 +22,13 @@ modprobe virtio_console
 cd /sys/fs/cgroup || exit 1
 for controller in $(cat cgroup.controllers); do echo "+$controller" > cgroup.subtree_control; done
 mkdir -p containerd session
+data=/var/lib/containerd
+for word in $(cat /proc/cmdline); do
+    case $word in
+        lab.containerd=1.7) PATH=/usr/lib/containerd-1.7/bin:$PATH data=/var/lib/containerd-1.7 ;;
+    esac
+done
 (
     echo 0 > /sys/fs/cgroup/containerd/cgroup.procs
-    cd / && exec containerd > /var/log/containerd.log 2>&1
+    cd / && exec containerd --root "$data" > /var/log/containerd.log 2>&1
 ) &

@@ -9,13 +9,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use super::files;
-use crate::containerd::{self, Containerd};
+use crate::containerd::{self, Containerd, Version};
 use crate::kernel::{Kernel, stock};
 use crate::step::{hash, quiet, step};
 use crate::{apt, images, paths};
 
 /// Counts changes of this recipe that change its result.
-const RECIPE: &str = "2";
+const RECIPE: &str = "3";
 
 /// The suite of the root disk: its erofs-utils makes images from folders and tar streams well.
 const SUITE: &str = "trixie";
@@ -23,9 +23,14 @@ const SUITE: &str = "trixie";
 /// What the lab holds beside containerd.
 const PACKAGES: &str = "\
     base-files bash bsdutils busybox-static coreutils dash diffutils e2fsprogs erofs-utils \
-    findutils gawk grep gzip hostname iproute2 iptables kmod libc-bin login lsof mount \
-    nftables procps psmisc qemu-system-x86 runc seabios sed socat strace tar util-linux \
-    xz-utils zstd";
+    findutils gawk grep gzip hostname iproute2 iptables kmod libc-bin libseccomp2 libsystemd0 \
+    login lsof mount nftables procps psmisc qemu-system-x86 seabios sed socat strace tar \
+    util-linux xz-utils zstd";
+
+/// What is as new as the newest containerd; trixie's libraries are all that these need. Docker's
+/// daemon is there, not running.
+const NEWER_SUITE: &str = "sid";
+const NEWER: &[&str] = &["docker-cli", "docker.io", "runc"];
 
 /// The disk's size, sparse: room for images and snapshots.
 const DISK_SIZE: u64 = 16 << 30;
@@ -59,7 +64,8 @@ pub(super) fn ensure() -> Result<Image> {
 
 fn key(kernel: &Kernel) -> Result<String> {
     let version = kernel_version(kernel)?;
-    let parts = [RECIPE, SUITE, PACKAGES, &version].map(str::as_bytes);
+    let newer = NEWER.join(" ");
+    let parts = [RECIPE, SUITE, PACKAGES, NEWER_SUITE, &newer, &version].map(str::as_bytes);
     Ok(hash(&parts).chars().take(16).collect())
 }
 
@@ -81,17 +87,23 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     paths::make_dir(&fresh)?;
 
     step("lab packages", || packages(&root))?;
+    let newer = work.path().join("newer");
+    for deb in apt::Suite::open(NEWER_SUITE)?.download(NEWER)? {
+        apt::unpack(&deb, &newer)?;
+    }
     // Through the same merged /usr as the rest.
-    let containerd = containerd::binaries()?.join("../.");
-    quiet(
-        Command::new("cp")
-            .arg("-a")
-            .arg(containerd)
-            .arg(root.join("usr")),
-    )?;
+    copy(&newer.join("usr/."), &root.join("usr"))?;
+    for version in Version::ALL {
+        let bin = root.join(super::binaries(version).trim_start_matches('/'));
+        paths::make_dir(&bin)?;
+        copy(&containerd::binaries(version)?.join("."), &bin)?;
+    }
     furnish(&root, kernel)?;
-    if let Err(error) = step("lab images", || preload(&root, work.path())) {
-        eprintln!("    runs import the images themselves ({error:#})");
+    for version in Version::ALL {
+        let name = format!("lab images for containerd {}", version.name());
+        if let Err(error) = step(&name, || preload(version, &root, work.path())) {
+            eprintln!("    runs import the images themselves ({error:#})");
+        }
     }
     step("lab root disk", || disk(&root, &fresh.join("root.img")))?;
     files::base_initramfs(
@@ -134,11 +146,16 @@ fn packages(root: &Path) -> Result<()> {
     Ok(())
 }
 
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    quiet(Command::new("cp").arg("-a").arg(from).arg(to))
+}
+
 /// Imports the images by a containerd on this host: in the lab it takes a minute.
-fn preload(root: &Path, work: &Path) -> Result<()> {
+fn preload(version: Version, root: &Path, work: &Path) -> Result<()> {
     let archives = images::ensure()?;
     let containerd = Containerd::start(
-        &root.join("var/lib/containerd"),
+        version,
+        &root.join(super::data(version).trim_start_matches('/')),
         &work.join("state"),
         &[],
         &[],
@@ -178,8 +195,7 @@ fn furnish(root: &Path, kernel: &Kernel) -> Result<()> {
     }
     let to = root.join("usr/lib/modules");
     paths::make_dir(&to)?;
-    let from = modules(kernel)?;
-    quiet(Command::new("cp").arg("-a").arg(from).arg(&to))
+    copy(&modules(kernel)?, &to)
 }
 
 /// The root folder as a sparse ext4 image. No journal: a lab's disk never outlives its run.

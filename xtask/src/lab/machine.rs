@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::files;
 use super::image::{self, Image};
+use crate::containerd::Version;
 use crate::{apt, paths};
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -24,6 +25,8 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=
 pub(super) struct Shape {
     /// As QEMU's `-m` takes it.
     pub(super) memory: String,
+    /// The containerd that its init starts.
+    pub(super) containerd: Version,
     /// One processor whose clock counts instructions: figures that repeat.
     pub(super) icount: bool,
 }
@@ -35,6 +38,7 @@ pub(super) struct Lab {
     pub(super) pid: i32,
     /// The helper in it: another build's wants another lab.
     pub(super) helper: String,
+    pub(super) containerd: Version,
 }
 
 /// A lab of this process; it ends with it.
@@ -108,7 +112,7 @@ pub(super) fn start_own(shape: &Shape) -> Result<OwnLab> {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", QEMU]);
     let child = spawn(command, dir.path(), shape)?;
-    let lab = describe(dir.path(), &child)?;
+    let lab = describe(dir.path(), &child, shape)?;
     Ok(OwnLab {
         lab,
         child,
@@ -125,17 +129,18 @@ pub(super) fn start_detached(shape: &Shape) -> Result<Lab> {
     let mut command = Command::new("setsid");
     command.arg(QEMU);
     let child = spawn(command, dir.path(), shape)?;
-    let lab = describe(dir.path(), &child)?;
+    let lab = describe(dir.path(), &child, shape)?;
     let _ = dir.keep();
     Ok(lab)
 }
 
-fn describe(dir: &Path, child: &Child) -> Result<Lab> {
+fn describe(dir: &Path, child: &Child, shape: &Shape) -> Result<Lab> {
     let pid = i32::try_from(child.id()).context("a pid out of range")?;
     Ok(Lab {
         dir: dir.to_path_buf(),
         pid,
         helper: helper()?,
+        containerd: shape.containerd,
     })
 }
 
@@ -193,7 +198,7 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
         "-kernel",
         &image.kernel.display().to_string(),
         "-append",
-        COMMAND_LINE,
+        &format!("{COMMAND_LINE} lab.containerd={}", shape.containerd.name()),
     ]);
     let root = format!(
         "file={},format=raw,if=none,id=root,snapshot=on,cache=unsafe",

@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail};
 use self::channel::Request;
 use self::machine::{Lab, Shape};
 use self::session::{Load, Session};
+use crate::containerd::Version;
 use crate::step::{step, text};
 use crate::{build, paths};
 
@@ -29,6 +30,22 @@ pub(crate) const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
 /// `PATH` of commands in the lab.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Where a containerd's programs are in the lab; boot.sh knows it too.
+fn binaries(version: Version) -> &'static str {
+    match version {
+        Version::Newest => "/usr/bin",
+        Version::Stable => "/usr/lib/containerd-1.7/bin",
+    }
+}
+
+/// Where a containerd's data is in the lab; boot.sh knows it too.
+fn data(version: Version) -> &'static str {
+    match version {
+        Version::Newest => "/var/lib/containerd",
+        Version::Stable => "/var/lib/containerd-1.7",
+    }
+}
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -47,6 +64,9 @@ enum Action {
         /// The lab's memory, as QEMU takes it
         #[arg(long, default_value = "4G")]
         memory: String,
+        /// The containerd that serves in it
+        #[arg(long, value_enum, default_value_t)]
+        containerd: Version,
     },
     /// End the lab that `up` started
     Down,
@@ -73,6 +93,9 @@ struct RunArgs {
     /// The lab's memory, as QEMU takes it (of a lab started for this run)
     #[arg(long)]
     memory: Option<String>,
+    /// The containerd that serves in the lab; `ctr` and runc's shim are of the same version
+    #[arg(long, value_enum, default_value_t)]
+    containerd: Version,
     /// Copy what the command leaves in /out here
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -98,6 +121,7 @@ pub(crate) struct Run {
     pub(crate) out: Option<PathBuf>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) memory: Option<String>,
+    pub(crate) containerd: Version,
     pub(crate) icount: bool,
     pub(crate) fresh: bool,
 }
@@ -113,13 +137,14 @@ pub(crate) fn run(args: Args) -> Result<u8> {
                 out: args.out,
                 timeout: args.timeout.map(Duration::from_secs),
                 memory: args.memory,
+                containerd: args.containerd,
                 icount: args.icount,
                 fresh: args.fresh,
             };
             execute(run, install.as_deref(), None, &mut std::io::stdout())
         }
         Action::Shell(args) => shell(&args),
-        Action::Up { memory } => up(&memory).map(|()| 0),
+        Action::Up { memory, containerd } => up(memory, containerd).map(|()| 0),
         Action::Down => down().map(|()| 0),
     }
 }
@@ -151,9 +176,14 @@ fn execute(
     tty: Option<(u16, u16)>,
     stdout: &mut dyn Write,
 ) -> Result<u8> {
+    let mut env = run.env;
+    if run.containerd != Version::Newest {
+        let path = format!("{}:{PATH}", binaries(run.containerd));
+        env.push(("PATH".to_owned(), path));
+    }
     let request = Request {
         argv: run.command,
-        env: run.env,
+        env,
         tty,
         ..Request::default()
     };
@@ -165,10 +195,12 @@ fn execute(
     };
     let shape = Shape {
         memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
+        containerd: run.containerd,
         icount: run.icount,
     };
     let reuse = !run.icount && !run.fresh && run.memory.is_none();
     let staying = if reuse { running()? } else { None };
+    let staying = staying.filter(|lab| lab.containerd == run.containerd);
     let status = match staying {
         // One session at a time in the lab that stays.
         Some(lab) => {
@@ -241,7 +273,7 @@ fn running() -> Result<Option<Lab>> {
     Ok(Some(lab))
 }
 
-fn up(memory: &str) -> Result<()> {
+fn up(memory: String, containerd: Version) -> Result<()> {
     if running()?.is_some() {
         eprintln!("    a lab is already up");
         return Ok(());
@@ -249,7 +281,8 @@ fn up(memory: &str) -> Result<()> {
     down()?;
     step("lab", || {
         let shape = Shape {
-            memory: memory.to_owned(),
+            memory,
+            containerd,
             icount: false,
         };
         let lab = machine::start_detached(&shape)?;
