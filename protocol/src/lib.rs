@@ -9,6 +9,7 @@
 //! * Console ports from [`FIRST_STDIO_PORT`] on carry the stdio of processes, one stream each. The
 //!   agent opens a port when a process that uses it is created and closes it after everything was
 //!   copied; then the host may use the number again.
+//! * What a container wrote is read from vsock port [`CHANGES_VSOCK_PORT`]: see [`changes`].
 //! * Disks are virtio-blk devices named by their serial: see [`lower_disk_serial`].
 //!
 //! # Examples
@@ -39,6 +40,8 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/generated.rs"));
 }
 
+pub mod changes;
+
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 pub use {protobuf, ttrpc};
@@ -48,6 +51,9 @@ pub const VERSION: u32 = 1;
 
 /// Vsock port on which the agent listens.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
+
+/// Vsock port on which the agent gives out what a container wrote ([`changes`]).
+pub const CHANGES_VSOCK_PORT: u32 = 1025;
 
 /// Console port of the agent's log; opened by the guest once the agent listens.
 pub const AGENT_CONSOLE_PORT: u32 = 0;
