@@ -99,6 +99,15 @@ impl Suite {
             .collect()
     }
 
+    /// Every version of a package the suite offers.
+    pub(crate) fn versions(&self, package: &str) -> Result<Vec<String>> {
+        let mut command = Command::new("apt-cache");
+        command.args(self.options()).args(["madison", package]);
+        // name | version | source
+        let version = |line: &str| Some(line.split('|').nth(1)?.trim().to_owned());
+        Ok(text(&mut command)?.lines().filter_map(version).collect())
+    }
+
     /// Installs packages of this suite on the host.
     pub(crate) fn install(&self, packages: &[&str]) -> Result<()> {
         let list = packages.join(" ");

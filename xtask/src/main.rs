@@ -23,6 +23,7 @@ mod lab;
 mod paths;
 mod programs;
 mod step;
+mod sysroot;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -57,6 +58,8 @@ enum Task {
     Bench(bench::Args),
     /// Licences, sources and advisories of everything we link
     Deny(deny::Args),
+    /// Build the standard library for another target, such as aarch64-unknown-linux-gnu
+    Sysroot { target: String },
     /// The lab's own side of the channel; started by the lab's init
     #[command(hide = true)]
     LabGuest,
@@ -72,6 +75,10 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Deny(args) => deny::run(&args).map(|()| 0),
+        Task::Sysroot { target } => sysroot::ensure(&target).map(|dir| {
+            println!("{}", dir.display());
+            0
+        }),
         Task::LabGuest => lab::guest::run().map(|()| 0),
     };
     match done {
