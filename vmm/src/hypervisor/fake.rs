@@ -118,6 +118,8 @@ pub struct FakeVm {
 impl VmBackend for FakeVm {
     type Seed = FakeSeed;
     type Line = FakeLine;
+    /// Edges by pin.
+    type State = BTreeMap<u32, u32>;
 
     #[allow(unsafe_code)]
     unsafe fn map(
@@ -152,6 +154,15 @@ impl VmBackend for FakeVm {
             pin,
             record: Arc::clone(&self.record),
         })
+    }
+
+    fn save(&self) -> Result<BTreeMap<u32, u32>, HypervisorError> {
+        Ok(lock(&self.record).edges.clone())
+    }
+
+    fn restore(&self, state: &BTreeMap<u32, u32>) -> Result<(), HypervisorError> {
+        lock(&self.record).edges.clone_from(state);
+        Ok(())
     }
 
     fn bind_doorbell(
@@ -205,6 +216,7 @@ impl VcpuSeed for FakeSeed {
 #[derive(Debug)]
 pub struct FakeVcpu {
     script: VecDeque<Step>,
+    played: usize,
     current: Vec<u8>,
     awaits_answer: bool,
     answers: Vec<Answer>,
@@ -217,6 +229,7 @@ impl FakeVcpu {
     pub fn scripted(script: Vec<Step>) -> Self {
         Self {
             script: script.into(),
+            played: 0,
             current: Vec::new(),
             awaits_answer: false,
             answers: Vec::new(),
@@ -237,6 +250,19 @@ impl FakeVcpu {
 }
 
 impl Vcpu for FakeVcpu {
+    /// How many steps it has played.
+    type State = usize;
+
+    fn save(&mut self) -> Result<usize, HypervisorError> {
+        Ok(self.played)
+    }
+
+    fn restore(&mut self, &played: &usize) -> Result<(), HypervisorError> {
+        self.script.drain(..played.min(self.script.len()));
+        self.played = played;
+        Ok(())
+    }
+
     fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError> {
         lock(&self.record).booted.push(setup.clone());
         Ok(())
@@ -251,6 +277,7 @@ impl Vcpu for FakeVcpu {
                 what: "end of script".into(),
             });
         };
+        self.played += 1;
         match step {
             Step::MmioRead { address, len } => {
                 self.awaits_answer = true;

@@ -12,6 +12,9 @@ pub mod kvm;
 use std::io;
 use std::path::PathBuf;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use crate::arch::VcpuSetup;
 use crate::sys::doorbell::Doorbell;
 
@@ -55,6 +58,8 @@ pub trait VmBackend: Send + Sync + 'static {
     type Seed: VcpuSeed;
     /// See [`IrqLine`].
     type Line: IrqLine;
+    /// What it holds beside memory and vCPUs: interrupt controllers and clocks.
+    type State: State;
 
     /// Shows `len` bytes of host memory to the guest from `guest` on, as slot `slot`.
     ///
@@ -91,6 +96,18 @@ pub trait VmBackend: Send + Sync + 'static {
     /// The call the host refused.
     fn irq_line(&self, pin: u32) -> Result<Self::Line, HypervisorError>;
 
+    /// Reads what the VM holds beside memory and vCPUs. The vCPUs stand still.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn save(&self) -> Result<Self::State, HypervisorError>;
+
+    /// Writes it into a fresh VM whose vCPUs all exist and none has run.
+    ///
+    /// # Errors
+    /// The call the host refused, which it does with a state that it can't hold.
+    fn restore(&self, state: &Self::State) -> Result<(), HypervisorError>;
+
     /// Asks that a 32-bit write of `value` at guest address `address` rings `doorbell` without an
     /// exit.
     ///
@@ -103,6 +120,12 @@ pub trait VmBackend: Send + Sync + 'static {
         doorbell: &Doorbell,
     ) -> Result<Binding, HypervisorError>;
 }
+
+/// A hypervisor's own record of something, which goes into a snapshot as it is. One that comes out
+/// of a file can hold anything: the hypervisor is what checks it.
+pub trait State: Serialize + DeserializeOwned + Send + 'static {}
+
+impl<S: Serialize + DeserializeOwned + Send + 'static> State for S {}
 
 /// How a guest's write reaches a doorbell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,11 +155,26 @@ pub trait VcpuSeed: Send + 'static {
 
 /// A vCPU on its own thread.
 pub trait Vcpu {
+    /// Everything it holds.
+    type State: State;
+
     /// Puts it into the state its first instruction expects.
     ///
     /// # Errors
     /// The call the host refused.
     fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError>;
+
+    /// Reads everything it holds. The answer to its last exit is given to the guest first.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn save(&mut self) -> Result<Self::State, HypervisorError>;
+
+    /// Makes a vCPU that has not run what another one was; instead of [`boot`](Self::boot).
+    ///
+    /// # Errors
+    /// The call the host refused, which it does with a state that its processor can't have.
+    fn restore(&mut self, state: &Self::State) -> Result<(), HypervisorError>;
 
     /// Runs the guest until something needs attention. What the answer of a read is left with is
     /// given to the guest at the next call.
@@ -282,6 +320,14 @@ pub enum HypervisorError {
     Lacks {
         /// The capability's name in the KVM API.
         capability: &'static str,
+    },
+    /// A register of a snapshot that this host's processor can't hold.
+    #[error("MSR {index:#x} can't be set to {value:#x} on this host")]
+    Msr {
+        /// The register's number.
+        index: u32,
+        /// The snapshot's value.
+        value: u64,
     },
     /// It refused a call.
     #[error("{call} failed")]

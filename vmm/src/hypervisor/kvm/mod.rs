@@ -21,9 +21,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Binding, Caps, Hypervisor, HypervisorError, VmBackend};
 use crate::sys::doorbell::Doorbell;
+use x86_64::Extent;
 
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
+pub use x86_64::{VcpuState, VmState};
 
 /// Where KVM is.
 const DEVICE: &str = "/dev/kvm";
@@ -45,6 +47,7 @@ const NEEDED: [(Cap, &str); 8] = [
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
     caps: Caps,
+    extent: Arc<Extent>,
 }
 
 impl Kvm {
@@ -69,7 +72,8 @@ impl Kvm {
             max_vcpus: u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX),
             cpu: x86_64::cpu_caps(&fd)?,
         };
-        Ok(Self { fd, caps })
+        let extent = Arc::new(Extent::read(&fd)?);
+        Ok(Self { fd, caps, extent })
     }
 }
 
@@ -87,7 +91,10 @@ impl Hypervisor for Kvm {
     fn create_vm(&self) -> Result<KvmVm, HypervisorError> {
         let fd = self.fd.create_vm().map_err(call("KVM_CREATE_VM"))?;
         x86_64::create_platform(&fd)?;
-        Ok(KvmVm { fd: Arc::new(fd) })
+        Ok(KvmVm {
+            fd: Arc::new(fd),
+            extent: Arc::clone(&self.extent),
+        })
     }
 }
 
@@ -126,11 +133,13 @@ fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
 #[derive(Debug)]
 pub struct KvmVm {
     fd: Arc<VmFd>,
+    extent: Arc<Extent>,
 }
 
 impl VmBackend for KvmVm {
     type Seed = KvmSeed;
     type Line = KvmIrqLine;
+    type State = VmState;
 
     unsafe fn map(
         &self,
@@ -166,11 +175,19 @@ impl VmBackend for KvmVm {
             .fd
             .create_vcpu(u64::from(index))
             .map_err(call("KVM_CREATE_VCPU"))?;
-        Ok(KvmSeed::new(fd))
+        Ok(KvmSeed::new(fd, Arc::clone(&self.extent)))
     }
 
     fn irq_line(&self, pin: u32) -> Result<KvmIrqLine, HypervisorError> {
         KvmIrqLine::new(Arc::clone(&self.fd), pin)
+    }
+
+    fn save(&self) -> Result<VmState, HypervisorError> {
+        x86_64::save_vm(&self.fd)
+    }
+
+    fn restore(&self, state: &VmState) -> Result<(), HypervisorError> {
+        x86_64::restore_vm(&self.fd, state)
     }
 
     fn bind_doorbell(

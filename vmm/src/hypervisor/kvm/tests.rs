@@ -40,6 +40,8 @@ macro_rules! guest {
     };
 }
 
+mod state;
+
 const CODE: u64 = 0x10_0000;
 /// Page directory for the fourth GiB, where devices are; made by [`map_devices`].
 const DEVICE_DIRECTORY: u64 = 0x8_0000;
@@ -120,7 +122,7 @@ guest!(
 struct Fixture {
     // Before the memory it maps.
     vm: KvmVm,
-    _memory: GuestMemory,
+    memory: GuestMemory,
     caps: Caps,
 }
 
@@ -145,7 +147,7 @@ impl Fixture {
         memory.write_slice(code, GuestAddress(CODE)).unwrap();
         Some(Self {
             vm,
-            _memory: memory,
+            memory,
             caps: kvm.caps().clone(),
         })
     }

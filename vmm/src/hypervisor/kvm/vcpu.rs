@@ -8,7 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::x86_64;
+use super::x86_64::{self, VcpuState};
 use crate::arch::VcpuSetup;
 use crate::hypervisor::{Fault, HypervisorError, Kicker, Vcpu, VcpuExit, VcpuSeed};
 
@@ -18,10 +18,11 @@ pub struct KvmSeed {
     // First, so that no kick can reach the run page once it goes.
     target: Registered,
     fd: VcpuFd,
+    extent: Arc<x86_64::Extent>,
 }
 
 impl KvmSeed {
-    pub(super) fn new(mut fd: VcpuFd) -> Self {
+    pub(super) fn new(mut fd: VcpuFd, extent: Arc<x86_64::Extent>) -> Self {
         let run: *mut kvm_run = fd.get_kvm_run();
         let target = Target {
             run: Some(RunPage(run)),
@@ -32,6 +33,7 @@ impl KvmSeed {
                 target: Arc::new(Mutex::new(target)),
             }),
             fd,
+            extent,
         }
     }
 }
@@ -52,6 +54,7 @@ impl VcpuSeed for KvmSeed {
         Ok(KvmVcpu {
             _target: self.target,
             fd: self.fd,
+            extent: self.extent,
         })
     }
 }
@@ -75,11 +78,38 @@ pub struct KvmVcpu {
     // First, as in the seed.
     _target: Registered,
     fd: VcpuFd,
+    extent: Arc<x86_64::Extent>,
+}
+
+impl KvmVcpu {
+    /// Has KVM finish the instruction of the last exit, and come out before the next.
+    fn complete_exit(&mut self) -> Result<(), HypervisorError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let result = self.fd.run().map(|_| ());
+        self.fd.set_kvm_immediate_exit(0);
+        match result {
+            Err(error) if !matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                Err(super::call("KVM_RUN")(error))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Vcpu for KvmVcpu {
+    type State = VcpuState;
+
     fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError> {
         x86_64::boot(&self.fd, setup)
+    }
+
+    fn save(&mut self) -> Result<VcpuState, HypervisorError> {
+        self.complete_exit()?;
+        x86_64::save_vcpu(&self.fd, &self.extent)
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError> {
+        x86_64::restore_vcpu(&self.fd, state, &self.extent)
     }
 
     fn run(&mut self) -> VcpuExit<'_> {

@@ -1,5 +1,7 @@
 //! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
 
+mod state;
+
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
     KVM_MAX_CPUID_ENTRIES, KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, Msrs, kvm_cpuid_entry2,
@@ -11,6 +13,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use super::{HypervisorError, call};
 use crate::arch::x86_64::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT, Leaf, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
+
+pub(super) use state::{Extent, restore_vcpu, restore_vm, save_vcpu, save_vm};
+pub use state::{VcpuState, VmState};
 
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
 const INDEXED: u32 = 1;
