@@ -150,7 +150,7 @@ schema! {
     /// Standard input, output and error.
     console: Console / WrittenConsole {
         /// Streams open at one time in one machine, over all processes of it; a process takes up to
-        /// three; 4 to 256.
+        /// three; 4 to 63.
         ports: Ports = Ports(16);
     }
 
@@ -162,6 +162,9 @@ schema! {
         call: Time = seconds(20);
         /// From asking a machine to power off to killing it.
         stop: Time = seconds(5);
+        /// From a process's end to the end of its output. What nobody has read by then is lost, and
+        /// the exit is told.
+        drain: Time = seconds(10);
     }
 
     /// Logging; the messages go where containerd puts its shims' logs.

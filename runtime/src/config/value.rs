@@ -246,7 +246,12 @@ from_integer!(Vcpus, u32, 1, Vcpus::MAX, "a number of vCPUs from 1 to 64");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ports(pub u32);
 
-from_integer!(Ports, u32, 4, 256, "a number of ports from 4 to 256");
+impl Ports {
+    /// The most: the console device has one more, which is the agent's.
+    pub const MAX: u32 = 63;
+}
+
+from_integer!(Ports, u32, 4, Ports::MAX, "a number of ports from 4 to 63");
 
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,16 +6,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use supermachine_protocol as protocol;
 use supermachine_vmm::control::{
-    BootSpec, ConsoleSpec, DiskSpec, Event as VmEvent, Exit as VmExit, LogLevel, SpawnConfig,
-    VmHandle, VsockSpec,
+    BootSpec, ConsoleSpec, ControlError, DiskSpec, Event as VmEvent, Exit as VmExit, LogLevel,
+    SpawnConfig, VmHandle, VsockSpec,
 };
 use supermachine_vmm::devices::virtio::console::MAX_PORTS;
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::error::Error;
@@ -24,7 +24,7 @@ use super::machine::{Event, GuestContainer, Launched, Launcher, Machine, Timeout
 use super::{Inner, Sandbox, Slot};
 use crate::acquire::{self, Resources};
 use crate::agent;
-use crate::config::{Level, Resolved};
+use crate::config::{Level, Ports, Resolved};
 use crate::ledger::{self, Entry, Ledger};
 use crate::plan::{self, HostFacts, Plan};
 use crate::request::Create;
@@ -35,8 +35,9 @@ const GUEST_CID: u32 = 3;
 /// Where the guest's vsock is reached, in the sandbox's directory.
 const VSOCK: &str = "vsock";
 
-/// How long an exit may wait for somebody to read the rest of the output.
-const DRAIN: Duration = Duration::from_secs(10);
+/// Requests to the machine's process that may wait for its answer at one time. They wait in threads,
+/// of which one must be left to kill a process that doesn't answer.
+const REQUESTS: usize = 2;
 
 impl Sandbox {
     /// An empty sandbox. What happens in it is told through `events`.
@@ -45,7 +46,7 @@ impl Sandbox {
             boot: config.timeouts.boot.0,
             call: config.timeouts.call.0,
             stop: config.timeouts.stop.0,
-            drain: DRAIN,
+            drain: config.timeouts.drain.0,
         };
         let stdio_ports = (protocol::FIRST_STDIO_PORT, last_port(&config));
         let inner = Inner {
@@ -89,7 +90,8 @@ fn directory(config: &Resolved, namespace: &str, id: &str) -> PathBuf {
 
 /// The console's highest port: port 0 is the agent's, the others carry stdio.
 fn last_port(config: &Resolved) -> u32 {
-    config.console.ports.0.min(MAX_PORTS - 1)
+    const { assert!(Ports::MAX == MAX_PORTS - 1) };
+    config.console.ports.0
 }
 
 struct VmLauncher {
@@ -137,6 +139,7 @@ impl Launcher for VmLauncher {
                 ledger: Mutex::new(Some(ledger)),
                 socket,
                 log,
+                requests: Semaphore::new(REQUESTS),
             })
         });
         Ok(Launched {
@@ -244,6 +247,24 @@ struct Vmm {
     ledger: Mutex<Option<Ledger>>,
     socket: PathBuf,
     log: GuestLog,
+    requests: Semaphore,
+}
+
+impl Vmm {
+    /// Makes a request of the process, when it is its turn.
+    async fn request(
+        &self,
+        what: &'static str,
+        request: impl FnOnce(&VmHandle) -> Result<(), ControlError> + Send + 'static,
+    ) -> Result<(), Error> {
+        // The semaphore is never closed.
+        let _turn = self.requests.acquire().await;
+        let process = Arc::clone(&self.process);
+        blocking(what, move || {
+            request(&process).map_err(|error| machine_error(what, error))
+        })
+        .await
+    }
 }
 
 impl fmt::Debug for Vmm {
@@ -266,21 +287,15 @@ impl Machine for Vmm {
         input: Option<OwnedFd>,
         output: Option<OwnedFd>,
     ) -> Result<(), Error> {
-        let process = Arc::clone(&self.process);
-        blocking("attaching a stream", move || {
-            process
-                .attach_port(port, input, output)
-                .map_err(|error| machine_error("attaching a stream", error))
+        self.request("attaching a stream", move |process| {
+            process.attach_port(port, input, output)
         })
         .await
     }
 
     async fn detach(&self, port: u32) {
-        let process = Arc::clone(&self.process);
-        let detached = blocking("detaching a stream", move || {
-            process
-                .detach_port(port)
-                .map_err(|error| machine_error("detaching a stream", error))
+        let detached = self.request("detaching a stream", move |process| {
+            process.detach_port(port)
         });
         if let Err(error) = detached.await {
             tracing::debug!(port, error = error.chain(), "could not detach a port");
