@@ -1,14 +1,14 @@
 //! The guest kernel, verified if the configuration says what it must be.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
 use super::Error;
 use crate::config::{Digest, Resolved};
-use crate::images::Identity;
+use crate::images::{self, Identity};
 
 pub(super) fn open(config: &Resolved) -> Result<File, Error> {
     let path = &config.kernel.path.0;
@@ -46,9 +46,15 @@ pub(crate) fn digest(path: &Path, directory: &Path) -> io::Result<Digest> {
     io::copy(&mut File::open(path)?, &mut hash)?;
     let found = Digest(hash.finalize().into());
     if Identity::of(path)? == identity {
-        let new = directory.join(format!("{}.{}.new", identity.as_str(), std::process::id()));
         // Without it the next start only takes longer.
-        let _ = std::fs::write(&new, found.0).and_then(|()| std::fs::rename(&new, &remembered));
+        let _ = remember(directory, &remembered, found);
     }
     Ok(found)
+}
+
+/// Writes it in a file that has no name until it is whole.
+fn remember(directory: &Path, remembered: &Path, digest: Digest) -> io::Result<()> {
+    let mut file = images::nameless(directory).map_err(io::Error::other)?;
+    file.write_all(&digest.0)?;
+    images::publish(&file, remembered)
 }

@@ -271,7 +271,8 @@ pub(crate) fn nameless(directory: &Path) -> Result<File, Error> {
     Ok(File::from(file))
 }
 
-fn publish(file: &File, path: &Path) -> io::Result<()> {
+/// Gives a file without a name the name `path`, which must be free.
+pub(crate) fn publish(file: &File, path: &Path) -> io::Result<()> {
     Ok(linkat(
         CWD,
         own_path(file),

@@ -8,13 +8,16 @@ mod cache;
 mod erofs;
 mod ext4;
 mod identity;
+mod sweep;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 pub use cache::Cache;
+pub(crate) use cache::{nameless, publish};
 pub(crate) use identity::Identity;
+pub(crate) use sweep::sweep;
 
 /// Why an image can't be had.
 #[derive(Debug, thiserror::Error)]

@@ -25,6 +25,7 @@ use super::{Inner, Sandbox, Slot};
 use crate::acquire::{self, Resources};
 use crate::agent;
 use crate::config::{Level, Ports, Resolved};
+use crate::images;
 use crate::ledger::{self, Entry, Ledger};
 use crate::plan::{self, HostFacts, Plan};
 use crate::request::Create;
@@ -72,6 +73,7 @@ pub fn clean_up(
     namespace: &str,
     id: &str,
 ) -> Result<Option<u32>, ledger::Error> {
+    images::sweep(&config.images.directory.0);
     let ledger = match Ledger::open(&directory(config, namespace, id)) {
         Err(ledger::Error::NotFound { .. }) => return Ok(None),
         ledger => ledger?,
