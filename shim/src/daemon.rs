@@ -10,6 +10,7 @@ use supermachine_runtime::config::{self, Level, Resolved};
 use supermachine_runtime::sandbox::Sandbox;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tracing::level_filters::LevelFilter;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -88,17 +89,30 @@ async fn serve(args: &Args, listener: UnixListener, config: Resolved) -> Result<
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        () = done.notified() => {}
-        _ = terminate.recv() => tracing::info!("ended by SIGTERM"),
-        _ = interrupt.recv() => tracing::info!("ended by SIGINT"),
-    }
-    sandbox.end().await;
+    let signal = tokio::select! {
+        () = done.notified() => None,
+        _ = terminate.recv() => Some("SIGTERM"),
+        _ = interrupt.recv() => Some("SIGINT"),
+    };
     // Connections end with the process: to wait for their handlers is to wait for clients.
     server.stop_listen().await;
+    if let Some(signal) = signal {
+        tracing::info!(signal, "ended by a signal");
+        // containerd finds the connection broken, runs `delete` and tells of the exit: to tell of it
+        // here as well would be to tell twice.
+        flush(close, publisher).await;
+        sandbox.end().await;
+    } else {
+        sandbox.end().await;
+        flush(close, publisher).await;
+    }
+    Ok(())
+}
+
+/// Has the publisher deliver what is queued, and nothing that comes later.
+async fn flush(close: oneshot::Sender<()>, publisher: JoinHandle<()>) {
     let _ = close.send(());
     if tokio::time::timeout(FLUSH, publisher).await.is_err() {
         tracing::warn!("containerd did not take the last events");
     }
-    Ok(())
 }

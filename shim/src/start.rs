@@ -8,7 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 use sha2::{Digest, Sha256};
@@ -40,10 +40,16 @@ pub(crate) fn run(args: &Args) -> Result<(), BoxError> {
     config::load(None)?;
     let socket = socket_path(params.socket_dir.as_deref(), args);
     let listener = listen(&socket)?;
-    let result = spawn(args, params.debug, listener).and_then(|()| {
+    let result = spawn(args, params.debug, listener).and_then(|mut daemon| {
         let address = format!("unix://{}", socket.display());
-        write_atomically(&args.bundle.join(ADDRESS_FILE), &address)?;
-        bootstrap::reply(&address)
+        write_pid(&args.bundle.join(PID_FILE), daemon.id())
+            .and_then(|()| write_atomically(&args.bundle.join(ADDRESS_FILE), &address))
+            .and_then(|()| bootstrap::reply(&address))
+            .inspect_err(|_| {
+                // containerd will not know of it.
+                let _ = daemon.kill();
+                let _ = daemon.wait();
+            })
     });
     if result.is_err() {
         let _ = fs::remove_file(&socket);
@@ -93,7 +99,7 @@ fn listen(path: &Path) -> Result<UnixListener, BoxError> {
 
 /// The daemon finds its socket as stdin, its locked pid file as stdout, and its log as stderr:
 /// descriptors that need no telling.
-fn spawn(args: &Args, debug: bool, listener: UnixListener) -> Result<(), BoxError> {
+fn spawn(args: &Args, debug: bool, listener: UnixListener) -> Result<Child, BoxError> {
     let pid_path = args.bundle.join(PID_FILE);
     let pid_file = OpenOptions::new()
         .write(true)
@@ -125,7 +131,7 @@ fn spawn(args: &Args, debug: bool, listener: UnixListener) -> Result<(), BoxErro
     }
     let daemon = command.spawn()?;
     adjust_oom_score(daemon.id());
-    write_pid(&pid_path, daemon.id())
+    Ok(daemon)
 }
 
 /// containerd's log, if containerd reads it; writing to it never blocks.
