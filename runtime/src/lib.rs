@@ -22,6 +22,7 @@ pub mod ledger;
 pub mod plan;
 pub mod request;
 pub mod sandbox;
+mod virtualization;
 
 /// Runs a virtual machine if this process was executed to be one, and then answers its exit status.
 ///

@@ -6,16 +6,20 @@ use supermachine_vmm::hypervisor::{Host, Hypervisor};
 
 use super::Line;
 use crate::acquire::limits::{Kind, hierarchies};
+use crate::config::Resolved;
+use crate::virtualization::{self, Virtualization};
 
 const LAB: &str = "use a host with virtualization, or run in the lab: cargo xtask lab run -- CMD";
 
-pub(super) fn lines() -> Vec<Line> {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+pub(super) fn lines(config: &Resolved) -> Vec<Line> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let emulating_module = Path::new("/sys/module/kvm_pvm").exists();
     let opened = Host::open().map(|_| ()).map_err(|error| chain(&error));
-    let mut lines = vec![user(), cpu(&cpuinfo)];
-    lines.extend(kvm(opened, &cpuinfo, emulating_module));
+    let mut lines = vec![user(), cpu(&virtualization::flags_of_host())];
+    lines.extend(kvm(
+        opened,
+        Virtualization::of_host(),
+        config.vm.allow_emulated_kvm,
+    ));
     lines.push(cgroups(&mounts));
     lines
 }
@@ -43,26 +47,8 @@ fn user() -> Line {
     }
 }
 
-/// The flags of the first processor.
-fn flags(cpuinfo: &str) -> Vec<&str> {
-    cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("flags")?.split_once(':'))
-        .map(|(_, flags)| flags.split_whitespace().collect())
-        .unwrap_or_default()
-}
-
-/// The flag of hardware virtualization, if there is one.
-fn virtualization<'a>(flags: &[&'a str]) -> Option<&'a str> {
-    flags
-        .iter()
-        .copied()
-        .find(|flag| matches!(*flag, "svm" | "vmx"))
-}
-
-pub(super) fn cpu(cpuinfo: &str) -> Line {
-    let flags = flags(cpuinfo);
-    match virtualization(&flags) {
+pub(super) fn cpu(flags: &str) -> Line {
+    match virtualization::extension(flags) {
         Some(flag) => Line::ok("cpu", format!("has {flag}")),
         None => Line::warn(
             "cpu",
@@ -73,26 +59,27 @@ pub(super) fn cpu(cpuinfo: &str) -> Line {
 }
 
 /// Whether /dev/kvm opens, and what kind of KVM is behind it.
-pub(super) fn kvm(opened: Result<(), String>, cpuinfo: &str, emulating_module: bool) -> Vec<Line> {
+pub(super) fn kvm(
+    opened: Result<(), String>,
+    kind: Virtualization,
+    allow_emulated: bool,
+) -> Vec<Line> {
     if let Err(error) = opened {
         return vec![Line::fail("/dev/kvm", error, LAB)];
     }
-    let flags = flags(cpuinfo);
-    let kind = match virtualization(&flags) {
-        None => Line::fail(
+    let kind = match kind {
+        Virtualization::Emulated(reason) if allow_emulated => Line::warn(
             "kvm kind",
-            "emulating: no hardware virtualization behind it, a guest kernel would take minutes",
-            LAB,
+            format!("emulating: {reason}"),
+            "a guest takes minutes to boot; [vm] allow_emulated_kvm says to start it all the same",
         ),
-        Some(_) if emulating_module => Line::fail(
-            "kvm kind",
-            "emulating: module kvm_pvm runs guests' kernels instruction by instruction",
-            LAB,
-        ),
-        Some(_) if flags.contains(&"hypervisor") => {
+        Virtualization::Emulated(reason) => {
+            Line::fail("kvm kind", format!("emulating: {reason}"), LAB)
+        }
+        Virtualization::Nested => {
             Line::ok("kvm kind", "nested: this host is a virtual machine itself")
         }
-        Some(_) => Line::ok("kvm kind", "native"),
+        Virtualization::Native => Line::ok("kvm kind", "native"),
     };
     vec![Line::ok("/dev/kvm", "opens and has what is needed"), kind]
 }

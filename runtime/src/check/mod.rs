@@ -117,7 +117,7 @@ impl fmt::Display for Report {
 /// Looks at this host. `containerd` names the binary to ask; without it, those that run are
 /// asked, or the one on the PATH.
 pub fn run(config: &Resolved, containerd: Option<PathBuf>) -> Report {
-    let mut lines = host::lines();
+    let mut lines = host::lines(config);
     lines.extend(containerd::lines(containerd));
     lines.extend(programs::lines());
     lines.extend(files::lines(config));

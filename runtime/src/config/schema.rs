@@ -128,6 +128,9 @@ schema! {
         memory: MemorySize = MemorySize(512 * MIB);
         /// Memory for the guest's kernel and agent, added to a container's memory limit.
         memory_overhead: MemorySize = MemorySize(96 * MIB);
+        /// Whether to start machines where KVM only emulates a processor. A guest takes minutes to boot
+        /// there, so it is refused otherwise.
+        allow_emulated_kvm: bool = false;
     }
 
     /// The container's root file system.

@@ -298,6 +298,12 @@ impl Setting for Level {
     }
 }
 
+impl Setting for bool {
+    fn to_toml(&self) -> Option<String> {
+        Some(self.to_string())
+    }
+}
+
 impl Setting for String {
     fn to_toml(&self) -> Option<String> {
         Some(quoted(self))

@@ -54,6 +54,15 @@ pub enum Error {
         /// Why not.
         source: serde_json::Error,
     },
+    /// Guests' kernels would be interpreted.
+    #[error(
+        "The host's /dev/kvm only emulates: {reason}; expected hardware virtualization \
+         ([vm] allow_emulated_kvm = true starts machines all the same, each takes minutes)"
+    )]
+    EmulatedKvm {
+        /// How that is known.
+        reason: &'static str,
+    },
     /// A stream could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::acquire::stdio::Error),
@@ -134,6 +143,7 @@ impl Error {
                 Kind::AlreadyExists
             }
             Self::Request(_) | Self::Plan(_) | Self::Encode { .. } => Kind::InvalidArgument,
+            Self::EmulatedKvm { .. } => Kind::FailedPrecondition,
             Self::NoFreePort { .. } => Kind::ResourceExhausted,
             Self::Silent { .. } => Kind::DeadlineExceeded,
             Self::Acquire(_)

@@ -29,6 +29,7 @@ use crate::images;
 use crate::ledger::{self, Entry, Ledger};
 use crate::plan::{self, HostFacts, Plan};
 use crate::request::Create;
+use crate::virtualization::Virtualization;
 
 /// The guest's address on its vsock. Every guest has its own device, so all have the same.
 const GUEST_CID: u32 = 3;
@@ -39,6 +40,9 @@ const VSOCK: &str = "vsock";
 /// Requests to the machine's process that may wait for its answer at one time. They wait in threads,
 /// of which one must be left to kill a process that doesn't answer.
 const REQUESTS: usize = 2;
+
+/// Where KVM is.
+const KVM: &str = "/dev/kvm";
 
 impl Sandbox {
     /// An empty sandbox. What happens in it is told through `events`.
@@ -103,6 +107,9 @@ struct VmLauncher {
 #[async_trait]
 impl Launcher for VmLauncher {
     async fn launch(&self, request: &Create) -> Result<Launched, Error> {
+        if !self.config.vm.allow_emulated_kvm {
+            refuse_emulation()?;
+        }
         let (sender, events) = mpsc::unbounded_channel();
         let name = format!("{}/{}", request.namespace, request.id);
         let spawn = SpawnConfig {
@@ -149,6 +156,17 @@ impl Launcher for VmLauncher {
             events,
             guest,
         })
+    }
+}
+
+/// Before anything is done, as a guest that boots for minutes only ever ends in a timeout.
+fn refuse_emulation() -> Result<(), Error> {
+    match Virtualization::of_host() {
+        // Without the device there is something else to tell, and opening it does.
+        Virtualization::Emulated(reason) if Path::new(KVM).exists() => {
+            Err(Error::EmulatedKvm { reason })
+        }
+        _ => Ok(()),
     }
 }
 

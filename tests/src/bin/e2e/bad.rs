@@ -29,6 +29,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         world.vm_test("bad::kernel_with_another_checksum", kernel_checksum),
         world.vm_test("bad::kvm_absent", kvm_absent),
         world.vm_test("bad::kvm_forbidden", kvm_forbidden),
+        world.vm_test("bad::kvm_only_emulating", kvm_only_emulating),
         world.vm_test("bad::no_bundle", no_bundle),
         world.vm_test("bad::no_config_json", no_config_json),
         world.vm_test("bad::malformed_config_json", malformed_config_json),
@@ -215,6 +216,30 @@ fn kvm_forbidden(world: &World) -> Result<()> {
     let said = refused(world, &elsewhere(world, script)?)?;
     fs::remove_dir("/run/supermachine-tests-dev").context("remove a mount point")?;
     names(&said, &["/dev/kvm", "may not be opened"])
+}
+
+/// A processor without virtualization, as /proc/cpuinfo tells of it.
+fn kvm_only_emulating(world: &World) -> Result<()> {
+    let script = "sed -E 's/ (svm|vmx)( |$)/ /' /proc/cpuinfo > /run/supermachine-tests-cpuinfo \
+        && mount --bind /run/supermachine-tests-cpuinfo /proc/cpuinfo";
+    let refusing = elsewhere(world, script)?;
+    let said = refused(world, &refusing)?;
+    names(&said, &["/dev/kvm only emulates", "/proc/cpuinfo", "svm"])?;
+    // Where it is allowed, something else stands in the way next.
+    let allowing = configured(
+        world,
+        &[
+            ("vm", "allow_emulated_kvm", "true"),
+            ("kernel", "path", "\"/no/such/vmlinux\""),
+        ],
+    )?;
+    let allowing = ShimConfig {
+        wrapper: refusing.wrapper,
+        ..allowing
+    };
+    let said = refused(world, &allowing);
+    fs::remove_file("/run/supermachine-tests-cpuinfo").context("remove a file")?;
+    names(&said?, &["/no/such/vmlinux"])
 }
 
 /// Create in a bundle that `spoil` has changed since the shim started.
