@@ -1,14 +1,16 @@
 //! The VMM process: a program's second life.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use crate::control::{self, ARG0, ARG1, LogLevel};
-use crate::jail;
+use crate::control::{self, ARG0, ARG1, LogLevel, Start};
+use crate::hypervisor::{Host, Hypervisor};
+use crate::jail::{self, Policy};
 
 /// Runs a VMM if this process was executed to be one, and returns its exit status; returns nothing
 /// in every other process.
@@ -36,20 +38,36 @@ pub fn main() -> Option<ExitCode> {
         .nth(1)
         .and_then(|level| LogLevel::parse(level.to_str()?))
         .unwrap_or(LogLevel::Warn);
-    Some(run(level))
+    let policy = args.next();
+    Some(run(level, policy.as_deref()))
 }
 
-fn run(level: LogLevel) -> ExitCode {
-    let confined = jail::enter();
+fn run(level: LogLevel, policy: Option<&OsStr>) -> ExitCode {
+    let confined = confine(policy);
     let socket = match control_socket() {
         Ok(socket) => socket,
         // There is nobody to tell.
         Err(_) => return ExitCode::FAILURE,
     };
     match confined {
-        Ok(()) => control::serve(socket, level),
-        Err(error) => control::give_up(&socket, &error),
+        Ok(start) => control::serve(socket, level, start),
+        Err(error) => control::give_up(&socket, &*error),
     }
+}
+
+/// What a VMM needs and will not get at once it is confined, is opened before.
+fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> {
+    let policy = match policy {
+        Some(policy) => serde_json::from_slice(policy.as_bytes())?,
+        None => Policy::default(),
+    };
+    jail::close_inherited()?;
+    let hypervisor = Host::open();
+    let missing = jail::enter(&policy)?;
+    Ok(Start {
+        hypervisor,
+        missing,
+    })
 }
 
 /// The control socket is standard input. It moves away from there, so that nothing reads it by

@@ -13,7 +13,7 @@ use crate::config::VmConfig;
 use crate::devices::virtio::{balloon, console};
 use crate::error::Error;
 use crate::exit::Exit;
-use crate::hypervisor::{Host, Hypervisor};
+use crate::hypervisor::{Host, Hypervisor, HypervisorError};
 use assembly::Assembly;
 use run::Running;
 
@@ -34,9 +34,17 @@ impl Vm {
     /// # Errors
     /// One variant of [`Error`] for each way this can fail.
     pub fn new(config: VmConfig) -> Result<Self, Error> {
+        Self::on(Host::open(), config)
+    }
+
+    /// Builds the VM on a hypervisor that was opened before.
+    pub(crate) fn on(
+        hypervisor: Result<Host, HypervisorError>,
+        config: VmConfig,
+    ) -> Result<Self, Error> {
         // The image first: a bad one is told whatever the host is.
         let kernel = assembly::check(&config)?;
-        let hypervisor = Host::open()?;
+        let hypervisor = hypervisor?;
         Ok(Self {
             assembly: Assembly::new(&hypervisor, config, &kernel)?,
         })

@@ -56,6 +56,10 @@ enum ConfigCommand {
 type Error = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
+    // `check` tries out how a machine's process would be confined.
+    if let Some(code) = supermachine_runtime::vmm_child() {
+        return code;
+    }
     let arguments = Arguments::parse();
     match run(&arguments, &mut io::stdout().lock()) {
         Ok(code) => code,

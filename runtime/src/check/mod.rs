@@ -3,6 +3,7 @@
 //! Each line of the [`Report`] is one thing looked at: what was found, and what to do where that
 //! isn't right. Nothing is changed, except that directories of the configuration are made.
 
+mod confinement;
 mod containerd;
 mod files;
 mod host;
@@ -114,10 +115,12 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks at this host. `containerd` names the binary to ask; without it, those that run are
+/// Looks at this host, from a program whose `main` calls [`vmm_child`](crate::vmm_child) first.
+/// `containerd` names the binary to ask; without it, those that run are
 /// asked, or the one on the PATH.
 pub fn run(config: &Resolved, containerd: Option<PathBuf>) -> Report {
     let mut lines = host::lines(config);
+    lines.extend(confinement::lines(config));
     lines.extend(containerd::lines(containerd));
     lines.extend(programs::lines());
     lines.extend(files::lines(config));

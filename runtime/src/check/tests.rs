@@ -3,6 +3,8 @@ use super::files::{directory, initramfs, initramfs_kind, kernel, kernel_kind};
 use super::host::{cgroups, cpu, kvm};
 use super::programs::{erofs_version, ext4_version};
 use super::*;
+use supermachine_vmm::jail::{Layer, Missing};
+
 use crate::config::{AbsolutePath, Digest};
 use crate::virtualization::Virtualization;
 
@@ -33,6 +35,34 @@ fn a_cpu_without_virtualization_is_a_warning() {
     assert_eq!(cpu("fpu svm").status, Status::Ok);
     assert_eq!(cpu("fpu svm_lock").status, Status::Warn);
     assert_eq!(cpu("").status, Status::Warn);
+}
+
+#[test]
+fn a_layer_that_is_missing_fails_unless_allowed() {
+    let missing = Missing {
+        layer: Layer::Landlock,
+        reason: "landlock: the kernel has none".into(),
+    };
+    let status = |allowed: &[Layer]| {
+        let lines = confinement::judge(std::slice::from_ref(&missing), allowed);
+        assert_eq!(lines.len(), Layer::ALL.len());
+        let bad: Vec<_> = lines
+            .into_iter()
+            .filter(|line| line.status != Status::Ok)
+            .collect();
+        assert_eq!(bad.len(), 1);
+        bad[0].clone()
+    };
+    assert_eq!(status(&[Layer::Landlock]).status, Status::Warn);
+    let failed = status(&[Layer::Pid]);
+    assert_eq!(failed.status, Status::Fail);
+    assert_eq!(failed.found, "absent: landlock: the kernel has none");
+    assert!(
+        failed
+            .advice
+            .expect("advice")
+            .contains("\"landlock\" in [jail]")
+    );
 }
 
 #[test]

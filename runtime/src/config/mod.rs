@@ -14,9 +14,11 @@ use std::path::{Path, PathBuf};
 
 pub use error::Error;
 pub use schema::{
-    Config, Console, Images, Kernel, Log, Resolved, Rootfs, State, Timeouts, Vm, example,
+    Config, Console, Images, Jail, Kernel, Log, Resolved, Rootfs, State, Timeouts, Vm, example,
 };
-pub use value::{AbsolutePath, Digest, Level, MemorySize, Ports, Size, Time, Vcpus};
+pub use value::{
+    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, Size, Time, Vcpus,
+};
 
 /// Where the configuration is looked for unless [`PATH_VARIABLE`] says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/supermachine/config.toml";

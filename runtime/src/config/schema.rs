@@ -2,7 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::value::{AbsolutePath, Digest, Level, MemorySize, Ports, Setting, Size, Time, Vcpus};
+use supermachine_vmm::jail::Policy;
+
+use super::value::{
+    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, Setting, Size, Time, Vcpus,
+};
 
 /// From one table of keys: the types as written and as resolved, the defaults,
 /// and the example file.
@@ -103,6 +107,16 @@ const fn seconds(number: u64) -> Time {
     Time(std::time::Duration::from_secs(number))
 }
 
+impl Jail {
+    /// As the machine's process takes it.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            allow_missing: self.allow_missing.0.clone(),
+            first_id: self.first_id.0,
+        }
+    }
+}
+
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
@@ -155,6 +169,17 @@ schema! {
         /// Streams open at one time in one machine, over all processes of it; a process takes up to
         /// three; 4 to 63.
         ports: Ports = Ports(16);
+    }
+
+    /// How the process that is a machine is confined; SECURITY.md says what each layer defends.
+    jail: Jail / WrittenJail {
+        /// Layers without which a machine starts all the same on a host that lacks them, out of "ids",
+        /// "user-namespace", "pid", "root", "network", "ipc", "landlock". What is missing is logged at
+        /// level info; `supermachine check` tells what this host lacks.
+        allow_missing: Layers = Layers::default();
+        /// The process's user and group id is this plus its process id, so that no two are the same;
+        /// 65536 to 4000000000. The default is above all ids that are commonly handed out.
+        first_id: FirstId = FirstId(Policy::FIRST_ID);
     }
 
     /// How long to wait before giving up.

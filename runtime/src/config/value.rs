@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::de::{self, Deserialize, Deserializer};
+use supermachine_vmm::jail::{Layer, Policy};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -252,6 +253,62 @@ impl Ports {
 }
 
 from_integer!(Ports, u32, 4, Ports::MAX, "a number of ports from 4 to 63");
+
+/// The least user id of a machine's process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstId(pub u32);
+
+// With room above for process ids, and below for users.
+from_integer!(
+    FirstId,
+    u32,
+    65_536,
+    4_000_000_000,
+    "an id from 65536 to 4000000000"
+);
+
+/// Layers of the confinement of a machine's process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layers(pub Vec<Layer>);
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self(Policy::default().allow_missing)
+    }
+}
+
+impl<'de> Deserialize<'de> for Layers {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Names;
+        impl<'de> de::Visitor<'de> for Names {
+            type Value = Layers;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(
+                    f,
+                    "an array of {}",
+                    Layer::ALL.map(|l| format!("{:?}", l.as_str())).join(", ")
+                )
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut names: A) -> Result<Layers, A::Error> {
+                let mut layers = Vec::new();
+                while let Some(name) = names.next_element::<String>()? {
+                    layers.push(Layer::parse(&name).ok_or_else(|| {
+                        de::Error::invalid_value(de::Unexpected::Str(&name), &self)
+                    })?);
+                }
+                Ok(Layers(layers))
+            }
+        }
+        deserializer.deserialize_seq(Names)
+    }
+}
+
+impl Setting for Layers {
+    fn to_toml(&self) -> Option<String> {
+        let names: Vec<_> = self.0.iter().map(|layer| quoted(layer.as_str())).collect();
+        Some(format!("[{}]", names.join(", ")))
+    }
+}
 
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

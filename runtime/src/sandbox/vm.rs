@@ -114,6 +114,7 @@ impl Launcher for VmLauncher {
         let name = format!("{}/{}", request.namespace, request.id);
         let spawn = SpawnConfig {
             log_level: log_level(self.config.log.level),
+            jail: self.config.jail.policy(),
             ..SpawnConfig::new(name)
         };
         let (config, create) = (self.config.clone(), request.clone());

@@ -13,6 +13,7 @@ use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
 use super::spec::{BootSpec, Files, SpawnConfig};
 use super::supervisor::{Shared, supervise};
 use crate::devices::virtio::console::ATTACH_LIMIT;
+use crate::jail::Missing;
 
 /// What a request may take that the child answers by itself.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -132,6 +133,11 @@ impl VmHandle {
     /// The child's process id. It is the child's until [`Event::Ended`].
     pub fn pid(&self) -> u32 {
         self.shared.pid
+    }
+
+    /// Layers of the process's confinement that this host lacks and its policy let be missing.
+    pub fn missing_layers(&self) -> &[Missing] {
+        &self.shared.missing
     }
 
     /// Makes the VM and starts its processors. Legal once.

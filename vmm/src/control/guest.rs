@@ -19,6 +19,7 @@ use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
 use crate::devices::virtio::vsock::VsockConfig;
+use crate::hypervisor::{Host, HypervisorError};
 use crate::sys::threads;
 use crate::{DiskConfig, Error, RunningVm, Vm, VmConfig};
 
@@ -36,18 +37,24 @@ pub(super) enum Done {
     Later(Work),
 }
 
+/// The host's hypervisor, or why there is none.
+type Opened = std::result::Result<Host, HypervisorError>;
+
 /// The VM, or the place for it.
 pub(super) struct Guest {
     outbox: Outbox,
     news: Sender<News>,
+    /// Taken by the one VM there may be.
+    hypervisor: Option<Opened>,
     vm: Option<RunningVm>,
 }
 
 impl Guest {
-    pub(super) fn new(outbox: Outbox, news: Sender<News>) -> Self {
+    pub(super) fn new(outbox: Outbox, news: Sender<News>, hypervisor: Opened) -> Self {
         Self {
             outbox,
             news,
+            hypervisor: Some(hypervisor),
             vm: None,
         }
     }
@@ -115,7 +122,11 @@ impl Guest {
             return Err(refuse(ErrorKind::State, "The VM has been booted already"));
         }
         let config = self.config(boot, files)?;
-        let vm = Vm::new(config)
+        let hypervisor = self
+            .hypervisor
+            .take()
+            .ok_or_else(|| refuse(ErrorKind::State, "A VM has been asked for before"))?;
+        let vm = Vm::on(hypervisor, config)
             .and_then(Vm::start)
             .map_err(|error| refuse(kind(&error), describe(&error)))?;
         let (running, news) = (vm.clone(), self.news.clone());

@@ -7,6 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::jail::Missing;
+
 /// Version of these messages. Parent and child are the same binary, so a mismatch means that
 /// something else was executed.
 pub const VERSION: u32 = 1;
@@ -96,6 +98,9 @@ pub(super) enum ToParent {
     /// The first message: the child is confined and waits for requests.
     Hello {
         version: u32,
+        /// Layers of its confinement that the host lacks.
+        #[serde(default)]
+        missing: Vec<Missing>,
     },
     Reply {
         id: u64,

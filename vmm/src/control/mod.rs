@@ -5,6 +5,7 @@
 //! standard input. Either side's end is the end of that socket for the other: no VM outlives its
 //! parent, and no VM ends unseen.
 
+mod birth;
 mod client;
 mod frame;
 mod guest;
@@ -17,13 +18,13 @@ mod supervisor;
 
 pub use client::{ControlError, VmHandle};
 pub use message::{BalloonStats, ErrorKind, ErrorMessage, Event, Exit, LogLevel, VERSION};
-pub(crate) use server::{give_up, serve};
+pub(crate) use server::{Start, give_up, serve};
 pub use spec::{BootSpec, ConsoleSpec, DiskSpec, SpawnConfig, VsockSpec};
 
 /// `argv[0]` of a VMM process.
 pub(crate) const ARG0: &str = "supermachine-vmm";
 
-/// `argv[1]` of a VMM process. The VM's name and the log level follow.
+/// `argv[1]` of a VMM process. The VM's name, the log level and how to confine it follow.
 pub(crate) const ARG1: &str = "vmm";
 
 /// An error with its causes, in one line.

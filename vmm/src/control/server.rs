@@ -13,12 +13,22 @@ use super::guest::{Done, Guest, Work};
 use super::log::ControlLog;
 use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
 use super::outbox::Outbox;
+use crate::hypervisor::{Host, HypervisorError};
+use crate::jail::Missing;
 use crate::sys::threads;
+
+/// What the process has of its time before it was confined.
+pub(crate) struct Start {
+    /// The host's hypervisor, or why there is none; told when a VM is asked for.
+    pub(crate) hypervisor: Result<Host, HypervisorError>,
+    /// Layers of the confinement that the host lacks.
+    pub(crate) missing: Vec<Missing>,
+}
 
 /// Serves the parent until it or the VM ends, and with it the process. Returns only when it can't
 /// start: then a thread or a descriptor was refused.
-pub(crate) fn serve(socket: UnixStream, level: LogLevel) -> ExitCode {
-    match start(socket, level) {
+pub(crate) fn serve(socket: UnixStream, level: LogLevel, start: Start) -> ExitCode {
+    match start_with(socket, level, start) {
         Ok(never) => match never {},
         // The parent finds the process ended.
         Err(_) => ExitCode::FAILURE,
@@ -33,18 +43,21 @@ pub(crate) fn give_up(socket: &UnixStream, error: &dyn std::error::Error) -> Exi
     ExitCode::FAILURE
 }
 
-fn start(socket: UnixStream, level: LogLevel) -> std::io::Result<Infallible> {
+fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Result<Infallible> {
     let outbox = Outbox::start(socket.try_clone()?)?;
     report_panics(outbox.clone());
     report_log(outbox.clone(), level);
-    outbox.send(ToParent::Hello { version: VERSION });
+    outbox.send(ToParent::Hello {
+        version: VERSION,
+        missing: start.missing,
+    });
 
     let (news, inbox) = mpsc::channel();
     let (speaker, requests) = (outbox.clone(), news.clone());
     threads::spawn("control-read", move || read(&socket, &speaker, &requests))?;
 
     let slow = answer_slowly(outbox.clone())?;
-    let mut guest = Guest::new(outbox.clone(), news);
+    let mut guest = Guest::new(outbox.clone(), news, start.hypervisor);
     for news in inbox {
         match news {
             News::Request(Request { id, body }, files) => match guest.handle(body, files) {

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use crate::jail::Policy;
+
 use super::message::{Boot, Console, Disk, FileIndex, LogLevel, Vsock};
 
 /// How to start the VMM process.
@@ -19,16 +21,20 @@ pub struct SpawnConfig {
     pub cgroup_procs: Option<PathBuf>,
     /// The child logs this and what is more serious.
     pub log_level: LogLevel,
+    /// How strictly the process is confined.
+    pub jail: Policy,
 }
 
 impl SpawnConfig {
-    /// This program, in this process's cgroup, quiet.
+    /// This program, in this process's cgroup, quiet, confined as strictly as hosts in wide use
+    /// allow.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             exe: PathBuf::from("/proc/self/exe"),
             name: name.into(),
             cgroup_procs: None,
             log_level: LogLevel::Warn,
+            jail: Policy::default(),
         }
     }
 }

@@ -6,10 +6,10 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,7 +19,8 @@ use super::frame::{self, FROM_CHILD, FROM_PARENT, FrameError};
 use super::log::{self, Budget};
 use super::message::{Answer, Body, ErrorMessage, Event, Exit, Request, ToParent, VERSION};
 use super::spec::SpawnConfig;
-use super::{ARG0, ARG1, describe};
+use super::{birth, describe};
+use crate::jail::Missing;
 
 /// From execution to greeting, and the most that one write to the child may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -31,6 +32,8 @@ const PORT_EVENT_INTERVAL: Duration = Duration::from_millis(1);
 /// What handle and supervisor share.
 pub(super) struct Shared {
     pub(super) pid: u32,
+    /// Layers of its confinement that the host lacks.
+    pub(super) missing: Vec<Missing>,
     process: Mutex<Process>,
     /// Held for one whole frame.
     writer: Mutex<UnixStream>,
@@ -206,23 +209,14 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream), ControlError
     let (ours, theirs) = UnixStream::pair().map_err(ControlError::Socket)?;
     ours.set_write_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
-    let mut child = Command::new(&config.exe)
-        .arg0(ARG0)
-        .args([ARG1, &config.name, config.log_level.as_str()])
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|source| ControlError::Spawn {
-            exe: config.exe.clone(),
-            source,
-        })?;
-    if let Err(error) = admit(config, &ours, child.id()) {
-        kill_and_wait(&mut child);
-        return Err(error);
-    }
+    let mut child = birth::spawn(config, theirs)?;
+    let missing = match admit(config, &ours, child.id()) {
+        Ok(missing) => missing,
+        Err(error) => {
+            kill_and_wait(&mut child);
+            return Err(error);
+        }
+    };
     let writer = match ours.try_clone() {
         Ok(writer) => writer,
         Err(error) => {
@@ -232,6 +226,7 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream), ControlError
     };
     let shared = Shared {
         pid: child.id(),
+        missing,
         process: Mutex::new(Process::Running(child)),
         writer: Mutex::new(writer),
         state: Mutex::default(),
@@ -240,8 +235,12 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream), ControlError
     Ok((Arc::new(shared), ours))
 }
 
-/// What a child must pass before it counts as started.
-fn admit(config: &SpawnConfig, socket: &UnixStream, pid: u32) -> Result<(), ControlError> {
+/// What a child must pass before it counts as started. Answers what it lacks.
+fn admit(
+    config: &SpawnConfig,
+    socket: &UnixStream,
+    pid: u32,
+) -> Result<Vec<Missing>, ControlError> {
     if let Some(path) = &config.cgroup_procs {
         fs::write(path, pid.to_string()).map_err(|source| ControlError::Cgroup {
             path: path.clone(),
@@ -253,10 +252,19 @@ fn admit(config: &SpawnConfig, socket: &UnixStream, pid: u32) -> Result<(), Cont
         .set_read_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
     let found = match frame::receive(socket, FROM_CHILD) {
-        Ok(Some((ToParent::Hello { version: VERSION }, _))) => {
-            return socket.set_read_timeout(None).map_err(ControlError::Socket);
+        Ok(Some((
+            ToParent::Hello {
+                version: VERSION,
+                missing,
+            },
+            _,
+        ))) => {
+            socket
+                .set_read_timeout(None)
+                .map_err(ControlError::Socket)?;
+            return Ok(told(config, missing));
         }
-        Ok(Some((ToParent::Hello { version }, _))) => {
+        Ok(Some((ToParent::Hello { version, .. }, _))) => {
             format!("version {version} of the messages, {VERSION} expected")
         }
         Ok(Some((ToParent::Event(Event::Ended(Exit::Fault(reason))), _))) => {
@@ -273,6 +281,19 @@ fn admit(config: &SpawnConfig, socket: &UnixStream, pid: u32) -> Result<(), Cont
         exe: config.exe.clone(),
         found,
     })
+}
+
+/// Writes down what a child lacks. At this point it has not met its guest yet, and is believed.
+fn told(config: &SpawnConfig, missing: Vec<Missing>) -> Vec<Missing> {
+    for Missing { layer, reason } in &missing {
+        tracing::info!(
+            vm = config.name,
+            %layer,
+            reason = log::clean(reason, log::MAX_LINE),
+            "the VMM process lacks a layer of its confinement"
+        );
+    }
+    missing
 }
 
 /// Reads the child's messages and holds it to the rules.

@@ -158,7 +158,10 @@ fn announced_files_must_come() {
 #[test]
 fn a_side_that_takes_no_files_gets_none() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let hello = ToParent::Hello { version: 1 };
+    let hello = ToParent::Hello {
+        version: 1,
+        missing: Vec::new(),
+    };
     frame::send(&theirs, &hello, &[theirs.as_fd()], FROM_PARENT).unwrap();
     let error = frame::receive::<ToParent>(&ours, FROM_CHILD).unwrap_err();
     assert!(matches!(error, FrameError::UnexpectedFiles { limit: 0 }));

@@ -1,4 +1,4 @@
-//! Linux: descriptors, limits, capabilities.
+//! Linux: the order in which the walls go up.
 
 #![allow(
     unsafe_code,
@@ -6,49 +6,141 @@
 )]
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 
-use rustix::io::Errno;
+use nix::sched::{CloneFlags, unshare};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior,
     set_parent_process_death_signal, setrlimit,
 };
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
-};
+use rustix::thread::set_no_new_privs;
 
-use super::JailError;
+use super::{JailError, Layer, Missing, Policy, Refused, ids, landlock, root, step};
 
 /// Descriptors a VM may hold: its disks, ports and guest memory, and two per vsock connection.
 const MAX_FILES: u64 = 4096;
 
-/// Confines the calling process. Legal only while it has one thread, because capabilities are a
-/// thread's; it keeps descriptors 0 to 2 alone.
-pub(crate) fn enter() -> Result<(), JailError> {
-    close_from(3).map_err(step("close inherited files"))?;
-    set_no_new_privs(true).map_err(step("set no_new_privs"))?;
-    // A guest's memory must not become a core file, nor go to a core handler's pipe, which a limit
-    // of 0 doesn't stop (core(5)).
-    limit(Resource::Core, 0).map_err(step("forbid core files"))?;
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))?;
-    limit(Resource::Nofile, MAX_FILES).map_err(step("limit open files"))?;
-    drop_capabilities()?;
-    // Last, as a change of credentials can clear it (prctl(2)). The second belt: the first is the
-    // end of the control socket.
-    set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("follow the parent"))?;
+/// Threads of all processes with the process's user id, which are its own: vCPUs, disks, a few.
+const MAX_THREADS: u64 = 512;
+
+/// The pid of a pid namespace's first process, as that process sees it.
+const FIRST: u32 = 1;
+
+/// Closes every inherited file but the standard streams, which close when another program is
+/// executed.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn close_inherited() -> Result<(), JailError> {
+    close_from(3).map_err(|source| JailError::Step(step("close inherited files")(source)))?;
+    for stream in 0..3 {
+        // SAFETY: borrowed for this call, which refuses a descriptor that isn't open.
+        let stream = unsafe { BorrowedFd::borrow_raw(stream) };
+        // A program may be started without it.
+        let _ = fcntl_setfd(stream, FdFlags::CLOEXEC);
+    }
     Ok(())
 }
 
-fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
-    move |source| JailError {
-        step,
-        source: source.into(),
+/// Confines the calling process, and tells which layers the host lacks. Legal only while it has one
+/// thread, because credentials are a thread's. Open files stay open.
+///
+/// # Errors
+/// The host lacks a layer that `policy` asks for, or refuses what any host allows. The process must
+/// end then: it is half confined.
+pub fn enter(policy: &Policy) -> Result<Vec<Missing>, JailError> {
+    forbid_privileges_and_dumps().map_err(JailError::Step)?;
+    let mut walls = Walls {
+        policy,
+        missing: Vec::new(),
+    };
+    let host_pid = ids::host_pid();
+    walls.raise(Layer::Pid, own_pid_namespace())?;
+    walls.raise(
+        Layer::Network,
+        leave(CloneFlags::CLONE_NEWNET, "unshare(CLONE_NEWNET)"),
+    )?;
+    let ipc = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
+    let left = leave(
+        ipc,
+        "unshare(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP)",
+    );
+    walls.raise(Layer::Ipc, left)?;
+    let mounts =
+        leave(CloneFlags::CLONE_NEWNS, "unshare(CLONE_NEWNS)").and_then(|()| root::empty());
+    walls.raise(Layer::Root, mounts)?;
+    let own_ids = host_pid.and_then(|pid| ids::become_id(policy.first_id.saturating_add(pid)));
+    if walls.raise(Layer::Ids, own_ids)? {
+        // Among strangers with the same id there is no telling how many there may be.
+        lower(Resource::Nproc, MAX_THREADS)
+            .map_err(|errno| JailError::Step(step("limit threads")(errno)))?;
+    }
+    walls.raise(Layer::UserNamespace, ids::enter_user_namespace())?;
+    ids::drop_capabilities().map_err(JailError::Step)?;
+    // After the credentials: a change of them resets both (prctl(2)).
+    follow_the_parent().map_err(JailError::Step)?;
+    walls.raise(Layer::Landlock, landlock::forbid_all())?;
+    Ok(walls.missing)
+}
+
+/// Raises wall after wall.
+struct Walls<'a> {
+    policy: &'a Policy,
+    missing: Vec<Missing>,
+}
+
+impl Walls<'_> {
+    /// Whether the layer holds now; an error if it doesn't and must.
+    fn raise(&mut self, layer: Layer, result: Result<(), Refused>) -> Result<bool, JailError> {
+        match result {
+            Ok(()) => Ok(true),
+            Err(refused) if self.policy.allows(layer) => {
+                let reason = format!("{}: {}", refused.step, refused.source);
+                self.missing.push(Missing { layer, reason });
+                Ok(false)
+            }
+            Err(source) => Err(JailError::Lacks { layer, source }),
+        }
     }
 }
 
+fn forbid_privileges_and_dumps() -> Result<(), Refused> {
+    set_no_new_privs(true).map_err(step("set no_new_privs"))?;
+    // A guest's memory must not become a core file, nor go to a core handler's pipe, which a limit
+    // of 0 doesn't stop (core(5)).
+    for (resource, most) in [
+        (Resource::Core, 0),
+        (Resource::Nofile, MAX_FILES),
+        (Resource::Memlock, 0),
+        (Resource::Msgqueue, 0),
+    ] {
+        lower(resource, most).map_err(step("lower a limit"))?;
+    }
+    Ok(())
+}
+
+fn follow_the_parent() -> Result<(), Refused> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))?;
+    // The second belt: the first is the end of the control socket.
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("follow the parent"))
+}
+
+/// A process can't enter one itself: its parent makes it.
+fn own_pid_namespace() -> Result<(), Refused> {
+    if std::process::id() == FIRST {
+        return Ok(());
+    }
+    let text = "the parent process could not make one";
+    Err(step("pid namespace")(io::Error::other(text)))
+}
+
+fn leave(namespaces: CloneFlags, call: &'static str) -> Result<(), Refused> {
+    unshare(namespaces).map_err(step(call))
+}
+
 /// Lowers both limits; never raises one.
-fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
+fn lower(resource: Resource, most: u64) -> rustix::io::Result<()> {
     let most = rustix::process::getrlimit(resource)
         .maximum
         .map_or(most, |maximum| maximum.min(most));
@@ -59,26 +151,6 @@ fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
             maximum: Some(most),
         },
     )
-}
-
-fn drop_capabilities() -> Result<(), JailError> {
-    for bit in 0..u64::BITS {
-        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
-            Ok(()) => {}
-            // Past the last capability this kernel knows.
-            Err(Errno::INVAL) => break,
-            // Without CAP_SETPCAP. Nothing is lost: under no_new_privs an execve gains nothing.
-            Err(Errno::PERM) => break,
-            Err(errno) => return Err(step("shrink the bounding set")(errno)),
-        }
-    }
-    clear_ambient_capability_set().map_err(step("clear the ambient set"))?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    set_capabilities(None, none).map_err(step("drop capabilities"))
 }
 
 fn close_from(first: RawFd) -> io::Result<()> {

@@ -1,21 +1,42 @@
 //! What a VMM process has left when it takes its first request.
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::{Completion, Failed, Trial};
 
-use crate::support::{Outcome, Vm, check, check_eq, test};
+use supermachine_vmm::jail::{Layer, Missing, Policy};
+
+use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, test};
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         test("confinement::no_privileges", no_privileges),
         test("confinement::limits", limits),
+        layer("confinement::namespaces", namespaces),
+        layer("confinement::ids_of_its_own", ids_of_its_own),
+        layer("confinement::empty_root", empty_root),
+        layer("confinement::two_differ", two_differ),
+        test("confinement::policy_is_checked", policy_is_checked),
         test("confinement::no_inherited_files", no_inherited_files),
         test("confinement::no_environment", no_environment),
         test("confinement::named_in_the_process_list", named),
         test("confinement::joins_its_cgroup", joins_its_cgroup),
     ]
+}
+
+/// A test of layers that take privileges to raise.
+fn layer(name: &str, run: fn() -> Outcome) -> Trial {
+    Trial::ignorable_test(name, move || {
+        if !rustix::process::geteuid().is_root() {
+            return Ok(Completion::ignored_with("only as root"));
+        }
+        run().map(|()| Completion::Completed)
+    })
 }
 
 fn status_field(pid: u32, field: &str) -> Result<String, Failed> {
@@ -61,6 +82,118 @@ fn limits() -> Outcome {
     check(files <= 4096, format!("{files} files allowed"))
 }
 
+fn namespaces() -> Outcome {
+    let vm = Vm::spawn("namespaces")?;
+    check_eq(vm.handle.missing_layers().to_vec(), expected_missing(&vm))?;
+    let missing = |layer| {
+        let mut all = vm.handle.missing_layers().iter();
+        all.any(|missing| missing.layer == layer)
+    };
+    for (name, layer) in [
+        ("user", Layer::UserNamespace),
+        ("pid", Layer::Pid),
+        ("mnt", Layer::Root),
+        ("net", Layer::Network),
+        ("ipc", Layer::Ipc),
+        ("uts", Layer::Ipc),
+        ("cgroup", Layer::Ipc),
+    ] {
+        let of = |pid: String| fs::read_link(format!("/proc/{pid}/ns/{name}"));
+        let shared = of(vm.handle.pid().to_string())? == of("self".to_owned())?;
+        check(
+            shared == missing(layer),
+            format!("{name}: shared is {shared}"),
+        )?;
+    }
+    // It is the first process of its pid namespace.
+    let pids = status_field(vm.handle.pid(), "NSpid")?;
+    check_eq(pids.split_whitespace().last(), Some("1"))
+}
+
+/// Only these depend on the kernel's configuration.
+fn expected_missing(vm: &Vm) -> Vec<Missing> {
+    let mut missing = vm.handle.missing_layers().to_vec();
+    missing.retain(|missing| matches!(missing.layer, Layer::UserNamespace | Layer::Landlock));
+    missing
+}
+
+fn ids_of_its_own() -> Outcome {
+    let vm = Vm::spawn("ids")?;
+    let pid = vm.handle.pid();
+    let id = (Policy::FIRST_ID + pid).to_string();
+    for field in ["Uid", "Gid"] {
+        let ids = status_field(pid, field)?;
+        check_eq(ids.split_whitespace().collect(), vec![id.as_str(); 4])?;
+    }
+    check_eq(status_field(pid, "Groups")?.as_str(), "")
+}
+
+fn empty_root() -> Outcome {
+    let vm = Vm::spawn("root")?;
+    let root = format!("/proc/{}/root", vm.handle.pid());
+    let entries: Vec<_> = fs::read_dir(&root)?.collect();
+    check(entries.is_empty(), format!("found {entries:?}"))?;
+    check(
+        fs::write(format!("{root}/file"), "").is_err(),
+        "the root can be written to",
+    )?;
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", vm.handle.pid()))?;
+    check_eq(mounts.lines().count(), 1)?;
+    check(mounts.contains(" / / ro,nosuid,nodev,noexec"), mounts)
+}
+
+/// Two VMs share nothing with each other either.
+fn two_differ() -> Outcome {
+    let (one, other) = (Vm::spawn("one")?, Vm::spawn("other")?);
+    for name in ["pid", "mnt", "net", "ipc", "uts", "cgroup"] {
+        let of = |vm: &Vm| fs::read_link(format!("/proc/{}/ns/{name}", vm.handle.pid()));
+        check(of(&one)? != of(&other)?, format!("{name} is shared"))?;
+    }
+    let uid = |vm: &Vm| status_field(vm.handle.pid(), "Uid");
+    check(uid(&one)? != uid(&other)?, "they share a user id")
+}
+
+/// A child without a pid namespace refuses to start unless it may, and then tells.
+fn policy_is_checked() -> Outcome {
+    let bare = |policy: &str| -> Result<String, Failed> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(DEADLINE))?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("supermachine-vmm")
+            .args(["vmm", "policy", "warn", policy])
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()?;
+        let mut socket = &ours;
+        let mut header = [0; 8];
+        socket.read_exact(&mut header)?;
+        let [a, b, c, d, ..] = header;
+        let mut said = vec![0; u32::from_le_bytes([a, b, c, d]) as usize];
+        socket.read_exact(&mut said)?;
+        child.kill()?;
+        child.wait()?;
+        Ok(String::from_utf8(said)?)
+    };
+    let strict = bare(r#"{"allow_missing":[],"first_id":1879048192}"#)?;
+    check(
+        strict.contains("fault") && strict.contains("lacks layer"),
+        strict,
+    )?;
+    let all: Vec<_> = Layer::ALL
+        .iter()
+        .map(|layer| format!("{:?}", layer.as_str()))
+        .collect();
+    let all = all.join(",");
+    let lenient = bare(&format!(
+        r#"{{"allow_missing":[{all}],"first_id":1879048192}}"#
+    ))?;
+    check(
+        lenient.contains("hello") && lenient.contains(r#"{"layer":"pid","reason":"#),
+        lenient,
+    )?;
+    let wrong = bare(r#"{"allow_missing":["moat"],"first_id":1}"#)?;
+    check(wrong.contains("unknown variant `moat`"), wrong)
+}
+
 fn no_inherited_files() -> Outcome {
     let secret = tempfile::NamedTempFile::new()?;
     // Without close-on-exec, as a careless program would have it.
@@ -75,7 +208,8 @@ fn no_inherited_files() -> Outcome {
     check(leaked.as_raw_fd() >= 3, "the file is a standard stream")?;
     check(
         found.iter().all(|link| {
-            link.as_os_str() == "/dev/null" || link.to_string_lossy().starts_with("socket:")
+            let link = link.to_string_lossy();
+            matches!(&*link, "/dev/null" | "/dev/kvm") || link.starts_with("socket:")
         }),
         format!("found {found:?}"),
     )
@@ -93,7 +227,8 @@ fn no_environment() -> Outcome {
 fn named() -> Outcome {
     let vm = Vm::spawn("some-name")?;
     let cmdline = fs::read_to_string(format!("/proc/{}/cmdline", vm.handle.pid()))?;
-    check_eq(cmdline.as_str(), "supermachine-vmm\0vmm\0some-name\0warn\0")
+    let expected = "supermachine-vmm\0vmm\0some-name\0warn\0";
+    check(cmdline.starts_with(expected), cmdline)
 }
 
 /// A file stands in for `cgroup.procs`, as not every host lets tests make cgroups.

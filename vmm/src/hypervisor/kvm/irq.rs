@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{HypervisorError, call};
 use crate::hypervisor::IrqLine;
@@ -19,10 +19,11 @@ pub struct KvmIrqLine {
 
 impl KvmIrqLine {
     pub(super) fn new(vm: Arc<VmFd>, pin: u32) -> Result<Self, HypervisorError> {
-        let edge = EventFd::new(EFD_NONBLOCK).map_err(|source| HypervisorError::Call {
-            call: "eventfd",
-            source,
-        })?;
+        let edge =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| HypervisorError::Call {
+                call: "eventfd",
+                source,
+            })?;
         vm.register_irqfd(&edge, pin).map_err(call("KVM_IRQFD"))?;
         Ok(Self { vm, pin, edge })
     }
