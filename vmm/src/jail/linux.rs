@@ -5,10 +5,12 @@
     reason = "closing unknown descriptors is not expressible safely"
 )]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::process::{Child, Command};
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior,
@@ -82,6 +84,26 @@ pub fn enter(policy: &Policy) -> Result<Vec<Missing>, JailError> {
     follow_the_parent().map_err(JailError::Step)?;
     walls.raise(Layer::Landlock, landlock::forbid_all())?;
     Ok(walls.missing)
+}
+
+/// Starts a child that is the first process of a pid namespace, or, where the kernel forbids that,
+/// of the caller's: [`enter`] finds out which.
+///
+/// # Errors
+/// The child can't be started.
+pub fn spawn_apart(command: &mut Command) -> io::Result<Child> {
+    let home = File::open("/proc/self/ns/pid")?;
+    // A thread's own affair: the other threads' children stay where they are.
+    if let Err(errno) = unshare(CloneFlags::CLONE_NEWPID) {
+        tracing::debug!(%errno, "no pid namespace for a child");
+        return command.spawn();
+    }
+    let child = command.spawn();
+    // Until then the thread could start no other thread (clone(2), EINVAL).
+    if let Err(errno) = setns(home, CloneFlags::CLONE_NEWPID) {
+        tracing::warn!(%errno, "children of this thread stay in its last child's pid namespace");
+    }
+    child
 }
 
 /// Raises wall after wall.

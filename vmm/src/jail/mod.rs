@@ -23,7 +23,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 #[cfg(target_os = "linux")]
-pub use linux::{close_inherited, enter};
+pub use linux::{close_inherited, enter, spawn_apart};
 
 /// One wall around the process. What needs no help of the host (no new privileges, no
 /// capabilities, no core dumps, limits) isn't listed: it holds everywhere.
