@@ -10,7 +10,7 @@ help: ## List the targets
 demo: ## Set everything up, then run containers in microVMs under a real containerd
 	@$(XTASK) demo
 
-test: ## Set up what is missing and run every test; E2E=name runs some end-to-end tests only
+test: ## Set up what is missing and run every test; E2E=name runs some end-to-end tests only, CONTAINERD=1.7 or 2.x on one
 	@$(XTASK) test
 
 bench: ## Figures of ours beside runc's and QEMU's, in one run

@@ -11,7 +11,7 @@
 //! Everything after that is as with any Rust test program. One test at a time, because tests
 //! compare what is left on the host.
 
-#![allow(clippy::print_stderr, reason = "a test program")]
+#![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test program")]
 
 mod bad;
 mod driven;
@@ -32,10 +32,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
 use supermachine_tests::RUNTIME;
 
 use support::World;
+
+/// Groups that drive a shim themselves: no containerd is involved, of whatever version.
+const WITHOUT_CONTAINERD: &[&str] = &["bad", "confinement", "driven", "kernels"];
 
 #[derive(Debug, Parser)]
 #[command(about = "End-to-end tests of supermachine")]
@@ -55,6 +58,9 @@ struct Options {
     /// The most that one step may take, in seconds
     #[arg(long, default_value_t = 120)]
     deadline: u64,
+    /// Leave out the tests that involve no containerd: a run on another one has them
+    #[arg(long)]
+    only_containerd: bool,
     #[command(flatten)]
     tests: Arguments,
 }
@@ -101,7 +107,13 @@ fn run(options: Options) -> Result<ExitCode> {
         Duration::from_secs(options.deadline),
     )
     .context("prepare the tests")?;
-    let tests = suites.iter().flat_map(|suite| suite(&world)).collect();
+    println!("containerd {}", world.release);
+    let mut tests: Vec<_> = suites.iter().flat_map(|suite| suite(&world)).collect();
+    if options.only_containerd {
+        let all = tests.len();
+        tests.retain(involves_containerd);
+        println!("left out: {}", all - tests.len());
+    }
     let conclusion = libtest_mimic::run(&arguments, tests);
     if conclusion.has_failed()
         && let Some(containerd) = &world.host.containerd
@@ -110,4 +122,9 @@ fn run(options: Options) -> Result<ExitCode> {
     }
     // Not by exit(): the containerd is stopped when it is dropped.
     Ok(conclusion.exit_code())
+}
+
+fn involves_containerd(test: &Trial) -> bool {
+    let group = test.name().split("::").next().unwrap_or_default();
+    !WITHOUT_CONTAINERD.contains(&group)
 }

@@ -17,6 +17,8 @@ use supermachine_tests::shim::ShimConfig;
 #[derive(Debug, Clone)]
 pub(crate) struct World {
     pub(crate) host: Host,
+    /// The containerd's version, such as `2.1.9+unknown`.
+    pub(crate) release: String,
     /// Files of the tests themselves; busybox's are in `busybox`.
     files: Arc<Option<tempfile::TempDir>>,
 }
@@ -39,6 +41,7 @@ impl World {
             (None, None) => PathBuf::new(),
         };
         let ctr = Ctr::new("ctr", address);
+        let release = release(&ctr)?;
         for archive in ["busybox.tar", "debian.tar"] {
             ctr.import(&images.join(archive))
                 .with_context(|| format!("import {archive}"))?;
@@ -55,6 +58,7 @@ impl World {
                 snapshotter,
                 deadline,
             },
+            release,
             files: Arc::new(Some(files)),
         })
     }
@@ -70,6 +74,7 @@ impl World {
         };
         Self {
             host,
+            release: String::new(),
             files: Arc::new(None),
         }
     }
@@ -117,6 +122,21 @@ impl World {
             run(&world).map(|()| Completion::Completed).map_err(failed)
         })
     }
+}
+
+/// What the containerd behind this `ctr` says it is.
+fn release(ctr: &Ctr) -> Result<String> {
+    let said = ctr.output(["version"])?.success()?.text();
+    let server = said.split_once("Server:").map(|(_, server)| server);
+    let release = server.and_then(|server| {
+        server
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Version:"))
+    });
+    Ok(release
+        .with_context(|| format!("no version of a server in {said:?}"))?
+        .trim()
+        .to_owned())
 }
 
 fn failed(error: anyhow::Error) -> Failed {

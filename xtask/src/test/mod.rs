@@ -1,36 +1,30 @@
 //! `xtask test`: format, lints, unit tests, then end-to-end tests where microVMs run.
 
+mod e2e;
+mod total;
+
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use self::e2e::Report;
+use self::total::Total;
 use crate::containerd::Version;
-use crate::host::Place;
-use crate::programs::{self, Launch};
 use crate::step::{call, step};
-use crate::{build, deny, host, kernel, lab, paths};
-
-/// The whole end-to-end run, in the lab on two slow processors.
-const E2E_LIMIT: Duration = Duration::from_secs(25 * 60);
+use crate::{deny, paths};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only end-to-end tests whose name contains this
     #[arg(long, env = "E2E")]
     e2e: Option<String>,
+    /// End-to-end tests on this containerd only, instead of on both
+    #[arg(long, env = "CONTAINERD", value_enum)]
+    containerd: Option<Version>,
     /// Everything but the end-to-end tests; what `make check` does
     #[arg(long)]
     quick: bool,
-}
-
-/// What libtest counted.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Total {
-    passed: u32,
-    failed: u32,
-    skipped: u32,
 }
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
@@ -40,8 +34,17 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     if filter.is_none() {
         good &= check(&mut total)?;
     }
+    let mut where_run = String::new();
     if !args.quick {
-        good &= end_to_end(filter, &mut total)?;
+        let versions = args
+            .containerd
+            .map_or_else(|| Version::ALL.to_vec(), |one| vec![one]);
+        let reports = e2e::run(&versions, filter)?;
+        for report in &reports {
+            total.add(report.total);
+            good &= report.good;
+        }
+        where_run = Report::describe(&reports);
     }
     io::stderr().flush().context("cannot flush")?;
     let Total {
@@ -49,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         failed,
         skipped,
     } = total;
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    println!("{passed} passed, {failed} failed, {skipped} skipped{where_run}");
     Ok(u8::from(!good || failed > 0))
 }
 
@@ -78,41 +81,6 @@ fn check(total: &mut Total) -> Result<bool> {
     let unit = ["test", "--workspace", "--no-fail-fast"];
     good &= step("unit tests", || counted(cargo().args(unit), total))?;
     Ok(good)
-}
-
-fn end_to_end(filter: Option<&str>, total: &mut Total) -> Result<bool> {
-    let kernel = kernel::ensure()?;
-    build::build(&kernel)?;
-    let place = host::place();
-    host::announce(&place);
-    // One at a time: a lab has two slow processors, and tests compare what is left before and after.
-    let mut args = vec!["--test-threads=1".to_owned()];
-    if matches!(place, Place::Lab(_)) {
-        // The lab's own containerd holds the images already.
-        args.push(format!("--containerd-address={}", lab::CONTAINERD));
-    }
-    args.extend(filter.map(str::to_owned));
-    let out = paths::products().join("e2e");
-    paths::remove_dir(&out)?;
-    let launch = Launch {
-        program: "e2e",
-        containerd: Version::Newest,
-        args: &args,
-        timeout: Some(E2E_LIMIT),
-        out: Some(out),
-        icount: false,
-    };
-    let mut tee = Tee::default();
-    let status = step("end-to-end tests", || {
-        programs::launch(&place, launch, &mut tee)
-    })?;
-    let counted = tee.total();
-    total.add(counted);
-    if status != 0 && counted.failed == 0 {
-        // It ended before it could count: that is a failure too.
-        total.failed += 1;
-    }
-    Ok(status == 0)
 }
 
 fn cargo() -> Command {
@@ -176,51 +144,5 @@ impl Write for Tee {
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().flush()
-    }
-}
-
-impl Total {
-    fn add(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
-    }
-
-    /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    fn of_line(line: &str) -> Option<Self> {
-        let counts = line
-            .trim()
-            .strip_prefix("test result: ")?
-            .split_once(". ")?
-            .1;
-        let count = |word: &str| {
-            counts
-                .split("; ")
-                .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
-        };
-        Some(Self {
-            passed: count("passed")?,
-            failed: count("failed")?,
-            skipped: count("ignored").unwrap_or(0),
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Total;
-
-    #[test]
-    fn reads_the_counts_of_libtest() {
-        let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s";
-        assert_eq!(
-            Total::of_line(line),
-            Some(Total {
-                passed: 3,
-                failed: 2,
-                skipped: 1
-            })
-        );
-        assert_eq!(Total::of_line("running 3 tests"), None);
     }
 }

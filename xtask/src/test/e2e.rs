@@ -1,0 +1,229 @@
+//! The end-to-end tests on every containerd: in labs beside each other, or one after the other
+//! where they share a host.
+
+use std::io::{self, Write};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+
+use super::total::Total;
+use crate::containerd::Version;
+use crate::host::{self, Place};
+use crate::programs::{self, Launch};
+use crate::step::step;
+use crate::{build, kernel, lab, paths};
+
+/// One whole run, in the lab on two slow processors.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
+/// How many of the slowest tests are named.
+const SLOWEST: usize = 10;
+
+/// What a run on one containerd told.
+#[derive(Debug)]
+pub(super) struct Report {
+    version: Version,
+    pub(super) total: Total,
+    /// The program's own verdict.
+    pub(super) good: bool,
+    /// The containerd's exact version.
+    release: Option<String>,
+    /// Tests left to the other run, as no containerd is involved.
+    left_out: u32,
+    durations: Vec<(String, Duration)>,
+}
+
+impl Report {
+    /// For the last line of a test run.
+    pub(super) fn describe(reports: &[Self]) -> String {
+        let mut releases = Vec::new();
+        for report in reports {
+            let release = report.release.as_deref();
+            releases.push(release.unwrap_or_else(|| report.version.name()));
+        }
+        let mut text = format!("; containerd {}", releases.join(" and "));
+        let once: u32 = reports.iter().map(|report| report.left_out).sum();
+        if once > 0 {
+            text.push_str(&format!(", {once} tests without one ran once"));
+        }
+        text
+    }
+}
+
+/// Runs those whose name contains `filter`, on each of `versions`.
+pub(super) fn run(versions: &[Version], filter: Option<&str>) -> Result<Vec<Report>> {
+    build::build(&kernel::ensure()?)?;
+    let place = host::place();
+    host::announce(&place);
+    let reports: Vec<Report> = step("end-to-end tests", || match place {
+        Place::Native => versions
+            .iter()
+            .map(|version| on_one(&place, *version, filter))
+            .collect(),
+        Place::Lab(_) => {
+            lab::prepare()?;
+            thread::scope(|scope| {
+                let runs: Vec<_> = versions
+                    .iter()
+                    .map(|version| scope.spawn(|| on_one(&place, *version, filter)))
+                    .collect();
+                runs.into_iter()
+                    .map(|run| run.join().map_err(|_| anyhow!("a run panicked"))?)
+                    .collect()
+            })
+        }
+    })?;
+    name_the_slowest(&reports);
+    Ok(reports)
+}
+
+fn on_one(place: &Place, version: Version, filter: Option<&str>) -> Result<Report> {
+    // One at a time: a lab has two slow processors, and tests compare what is left before and after.
+    let mut args = vec!["--test-threads=1".to_owned()];
+    if version != Version::Newest {
+        args.push("--only-containerd".to_owned());
+    }
+    if matches!(place, Place::Lab(_)) {
+        // The lab's own containerd holds the images already.
+        args.push(format!("--containerd-address={}", lab::CONTAINERD));
+    }
+    args.extend(filter.map(str::to_owned));
+    let out = paths::products().join("e2e").join(version.name());
+    paths::remove_dir(&out)?;
+    let launch = Launch {
+        program: "e2e",
+        containerd: version,
+        args: &args,
+        timeout: Some(LIMIT),
+        out: Some(out),
+        icount: false,
+    };
+    let mut watch = Watch::new(version);
+    let status = programs::launch(place, launch, &mut watch)?;
+    let mut report = watch.report;
+    report.good = status == 0;
+    if !report.good && report.total.failed == 0 {
+        // It ended before it could count: that is a failure too.
+        report.total.failed += 1;
+    }
+    Ok(report)
+}
+
+fn name_the_slowest(reports: &[Report]) {
+    let mut all: Vec<_> = reports
+        .iter()
+        .flat_map(|report| {
+            let version = report.version.name();
+            report.durations.iter().map(move |test| (version, test))
+        })
+        .collect();
+    all.sort_by_key(|(_, (_, took))| std::cmp::Reverse(*took));
+    for (version, (name, took)) in all.into_iter().take(SLOWEST) {
+        eprintln!("    {:6.1} s  {name} ({version})", took.as_secs_f64());
+    }
+}
+
+/// Standard output of a run: shown with the version before each line, counted and timed.
+struct Watch {
+    report: Report,
+    /// A line that has not ended yet.
+    line: Vec<u8>,
+    /// When the previous test had ended.
+    since: Instant,
+}
+
+impl Watch {
+    fn new(version: Version) -> Self {
+        let report = Report {
+            version,
+            total: Total::default(),
+            good: false,
+            release: None,
+            left_out: 0,
+            durations: Vec::new(),
+        };
+        Self {
+            report,
+            line: Vec::new(),
+            since: Instant::now(),
+        }
+    }
+
+    fn take_line(&mut self, line: &str) {
+        let version = self.report.version.name();
+        let report = &mut self.report;
+        if let Some((name, outcome)) = test_and_outcome(line) {
+            let took = self.since.elapsed();
+            self.since = Instant::now();
+            eprintln!(
+                "    {version} {:6.1} s  {name} ... {outcome}",
+                took.as_secs_f64()
+            );
+            report.durations.push((name.to_owned(), took));
+            return;
+        }
+        if line.starts_with("running ") {
+            self.since = Instant::now();
+        } else if let Some(release) = line.strip_prefix("containerd ") {
+            // Without the packager's suffix: 1.7.24~ds1, 2.1.9+unknown.
+            let release = release.split(['~', '+']).next();
+            report.release = release.map(|release| release.trim().to_owned());
+        } else if let Some(count) = line.strip_prefix("left out: ") {
+            report.left_out = count.trim().parse().unwrap_or(0);
+        }
+        report.total.add(Total::of_line(line).unwrap_or_default());
+        eprintln!("    {version} {line}");
+    }
+}
+
+impl Write for Watch {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            if *byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                self.take_line(&String::from_utf8_lossy(&line));
+            } else {
+                self.line.push(*byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The parts of `test NAME ... OUTCOME`.
+fn test_and_outcome(line: &str) -> Option<(&str, &str)> {
+    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    Some((name.trim(), outcome.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_counted_and_timed_by_what_it_prints() {
+        let mut watch = Watch::new(Version::Stable);
+        let said = "containerd 1.7.24~ds1\nleft out: 12\n\nrunning 2 tests\n\
+                    test a::b      ... ok\ntest a::c ... FAI";
+        watch.write_all(said.as_bytes()).unwrap();
+        watch
+            .write_all(b"LED\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n")
+            .unwrap();
+        let report = watch.report;
+        let names: Vec<_> = report
+            .durations
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(names, ["a::b", "a::c"]);
+        assert_eq!((report.total.passed, report.total.failed), (1, 1));
+        assert_eq!(
+            Report::describe(&[report]),
+            "; containerd 1.7.24, 12 tests without one ran once"
+        );
+    }
+}
