@@ -95,21 +95,29 @@ impl Args {
                 _ => return Err(format!("Unknown flag -{name}").into()),
             }
         }
-        if !matches!(parsed.command, Command::Version | Command::Info) {
-            parsed.complete()?;
+        if matches!(parsed.command, Command::Version | Command::Info) {
+            return Ok(parsed);
+        }
+        // For `start` the identity may be on stdin instead.
+        if parsed.command != Command::Start {
+            parsed.check_identity()?;
+        }
+        if parsed.bundle.as_os_str().is_empty() {
+            // containerd runs `start` in the bundle and does not name it.
+            parsed.bundle = std::env::current_dir()?;
         }
         Ok(parsed)
     }
 
-    fn complete(&mut self) -> Result<(), BoxError> {
+    /// Whether it is known whose shim this is.
+    ///
+    /// # Errors
+    /// The flag that is missing.
+    pub(crate) fn check_identity(&self) -> Result<(), BoxError> {
         for (name, value) in [("namespace", &self.namespace), ("id", &self.id)] {
             if value.is_empty() {
                 return Err(format!("Flag -{name} is missing").into());
             }
-        }
-        if self.bundle.as_os_str().is_empty() {
-            // containerd runs `start` in the bundle and does not name it.
-            self.bundle = std::env::current_dir()?;
         }
         Ok(())
     }
@@ -151,8 +159,9 @@ mod tests {
     #[test]
     fn what_is_missing_or_unknown_is_named() {
         for (line, named) in [
-            ("-namespace default start", "-id"),
-            ("-id c1 start", "-namespace"),
+            ("-namespace default delete", "-id"),
+            ("-id c1 delete", "-namespace"),
+            ("-id c1", "-namespace"),
             ("-namespace n -id c1 stop", "\"stop\""),
             ("-namespace n -id c1 -color start", "-color"),
             ("-id", "-id"),

@@ -1,16 +1,19 @@
 //! The handshake of `start`: what containerd says on stdin, and what it is told in return.
 //!
-//! containerd up to 2.2 writes the runtime's options, an `Any`, or nothing; 2.3 and later write
-//! `BootstrapParams`. Both are protobuf, and each parses as the other; the instance id, which is
-//! also on the command line, tells them apart.
+//! containerd up to 2.2 writes the runtime's options, an `Any`, or nothing, and is told in JSON;
+//! 2.3 and later write `BootstrapParams` and are told by `BootstrapResult`. Both inputs are
+//! protobuf, and each parses as the other: what tells them apart is the identity, which is on the
+//! command line as well.
 
 use std::io::{self, IsTerminal, Read, Write};
+use std::path::Path;
 
-use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::Message;
 
 use crate::BoxError;
+use crate::args::Args;
 
 /// This program's version.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -21,55 +24,129 @@ const RUNTIME: &str = "io.containerd.supermachine.v2";
 /// More than any containerd writes.
 const STDIN_MAX: u64 = 4 << 20;
 
-/// What `start` needs of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Mounts of a root file system that containerd's mount manager is to leave to this shim: its type,
+/// or a prefix of it with "/*". containerd asks for no more than these words, comma separated.
+const ALLOW_MOUNTS: (&str, &str) = (
+    "containerd.io/runtime-allow-mounts",
+    "erofs,ext4,format/*,mkdir/*,mkfs/*",
+);
+
+/// How `start` is asked, which is how it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// By flags alone.
+    Json,
+    /// By `BootstrapParams` too.
+    Protobuf,
+}
+
+/// What `start` is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Params {
-    /// containerd logs debug messages.
-    pub(crate) debug: bool,
+    /// The command line, completed.
+    pub(crate) args: Args,
     /// Where the shim's socket is to be, if containerd says so.
     pub(crate) socket_dir: Option<String>,
+    pub(crate) form: Form,
 }
 
-/// Reads stdin, unless it is a terminal: somebody trying the program by hand.
+/// Completes the command line by what is on stdin, unless that is a terminal: somebody trying the
+/// program by hand.
 ///
 /// # Errors
-/// Stdin cannot be read or is not what containerd writes.
-pub(crate) fn read(id: &str) -> Result<Params, BoxError> {
+/// Stdin cannot be read, is about another container, or something is missing.
+pub(crate) fn read(args: &Args) -> Result<Params, BoxError> {
     let stdin = io::stdin();
-    if stdin.is_terminal() {
-        return Ok(Params::default());
-    }
     let mut bytes = Vec::new();
-    stdin.lock().take(STDIN_MAX).read_to_end(&mut bytes)?;
-    Ok(decode(&bytes, id))
+    if !stdin.is_terminal() {
+        stdin.lock().take(STDIN_MAX).read_to_end(&mut bytes)?;
+    }
+    decode(&bytes, args.clone())
 }
 
-fn decode(bytes: &[u8], id: &str) -> Params {
-    match BootstrapParams::parse_from_bytes(bytes) {
-        Ok(params) if params.instance_id == id => Params {
-            // containerd's levels: 0 is info, more detail is negative.
-            debug: params.log_level.value() < 0,
-            socket_dir: params.socket_dir.filter(|directory| !directory.is_empty()),
-        },
-        // Options of another runtime, or none: there is nothing in them for this one yet.
-        _ => Params::default(),
+fn decode(bytes: &[u8], args: Args) -> Result<Params, BoxError> {
+    let (mut args, mut socket_dir, mut form) = (args, None, Form::Json);
+    if let Some(params) = bootstrap_params(bytes, &args)? {
+        let complete = |flag: &mut String, value: String| {
+            if flag.is_empty() {
+                *flag = value;
+            }
+        };
+        complete(&mut args.id, params.instance_id);
+        complete(&mut args.namespace, params.namespace);
+        complete(&mut args.address, params.containerd_grpc_address);
+        complete(&mut args.ttrpc_address, params.containerd_ttrpc_address);
+        complete(&mut args.publish_binary, params.containerd_binary);
+        // containerd's levels: 0 is info, more detail is negative.
+        args.debug |= params.log_level.value() < 0;
+        socket_dir = params.socket_dir.filter(|directory| !directory.is_empty());
+        form = Form::Protobuf;
     }
+    if let Some(directory) = socket_dir
+        .as_deref()
+        .filter(|dir| !Path::new(dir).is_absolute())
+    {
+        return Err(format!("Socket directory {directory:?} is not an absolute path").into());
+    }
+    args.check_identity()?;
+    Ok(Params {
+        args,
+        socket_dir,
+        form,
+    })
+}
+
+/// `bytes` as `BootstrapParams`, if that is what they are.
+fn bootstrap_params(bytes: &[u8], args: &Args) -> Result<Option<BootstrapParams>, BoxError> {
+    let Ok(params) = BootstrapParams::parse_from_bytes(bytes) else {
+        return Ok(None);
+    };
+    let fits = |flag: &str, value: &str| flag.is_empty() || flag == value;
+    let named = !args.id.is_empty() && !args.namespace.is_empty();
+    // Options have two fields only; a containerd's address is in neither.
+    let addressed = !params.containerd_grpc_address.is_empty();
+    if fits(&args.id, &params.instance_id) && fits(&args.namespace, &params.namespace) {
+        return Ok((named || addressed).then_some(params));
+    }
+    if addressed {
+        return Err(format!(
+            "Bootstrap parameters are for container {:?} in namespace {:?}, the command line is for \
+             {:?} in {:?}",
+            params.instance_id, params.namespace, args.id, args.namespace
+        )
+        .into());
+    }
+    Ok(None)
 }
 
 /// Tells containerd where the daemon listens.
 ///
-/// Version 2 is what every containerd accepts: 1.7 refuses more, and 2.x then speaks
-/// `containerd.task.v2`, whose messages are those of v3. What version 3 adds is how containerd
-/// reaches the later containers of a pod. JSON is read by all of them, including those that would
-/// rather have a `BootstrapResult`.
-///
 /// # Errors
 /// Stdout is closed.
-pub(crate) fn reply(address: &str) -> Result<(), BoxError> {
-    let reply = serde_json::json!({ "version": 2, "address": address, "protocol": "ttrpc" });
+pub(crate) fn reply(address: &str, form: Form) -> Result<(), BoxError> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(reply.to_string().as_bytes())?;
+    stdout.write_all(&encode(address, form)?)?;
     Ok(stdout.flush()?)
+}
+
+/// Whoever asked by flags is told version 2, which every containerd accepts: 1.7 refuses more, and
+/// 2.x then speaks `containerd.task.v2`, whose messages are those of v3.
+fn encode(address: &str, form: Form) -> Result<Vec<u8>, BoxError> {
+    const PROTOCOL: &str = "ttrpc";
+    Ok(match form {
+        Form::Json => {
+            let reply =
+                serde_json::json!({ "version": 2, "address": address, "protocol": PROTOCOL });
+            reply.to_string().into_bytes()
+        }
+        Form::Protobuf => {
+            let mut result = BootstrapResult::new();
+            result.version = 3;
+            result.address = address.to_owned();
+            result.protocol = PROTOCOL.to_owned();
+            result.write_to_bytes()?
+        }
+    })
 }
 
 /// `-v`, as containerd's own shims answer it.
@@ -80,45 +157,19 @@ pub(crate) fn print_version() -> Result<(), BoxError> {
 
 /// `-info`: what containerd asks before it uses features that not every runtime has.
 pub(crate) fn print_info() -> Result<(), BoxError> {
+    Ok(io::stdout().write_all(&info().write_to_bytes()?)?)
+}
+
+fn info() -> RuntimeInfo {
     let mut version = RuntimeVersion::new();
     version.version = VERSION.to_owned();
     let mut info = RuntimeInfo::new();
     info.name = RUNTIME.to_owned();
     info.version = Some(version).into();
-    Ok(io::stdout().write_all(&info.write_to_bytes()?)?)
+    let (key, value) = ALLOW_MOUNTS;
+    info.annotations.insert(key.to_owned(), value.to_owned());
+    info
 }
 
 #[cfg(test)]
-mod tests {
-    use containerd_shim_protos::bootstrap_api::LogLevel;
-    use protobuf::well_known_types::any::Any;
-
-    use super::*;
-
-    #[test]
-    fn bootstrap_parameters_are_told_from_options() {
-        let mut params = BootstrapParams::new();
-        params.instance_id = "c1".to_owned();
-        params.namespace = "default".to_owned();
-        params.log_level = LogLevel::LOG_LEVEL_DEBUG.into();
-        params.socket_dir = Some("/run/s".to_owned());
-        let bytes = params.write_to_bytes().unwrap();
-        let expected = Params {
-            debug: true,
-            socket_dir: Some("/run/s".to_owned()),
-        };
-        assert_eq!(decode(&bytes, "c1"), expected);
-
-        let mut options = Any::new();
-        options.type_url = "containerd.runc.v1.Options".to_owned();
-        options.value = vec![0x10, 0x01];
-        let bytes = options.write_to_bytes().unwrap();
-        assert_eq!(decode(&bytes, "c1"), Params::default());
-    }
-
-    #[test]
-    fn nothing_and_nonsense_mean_no_parameters() {
-        assert_eq!(decode(&[], "c1"), Params::default());
-        assert_eq!(decode(b"\xff\xff\xff", "c1"), Params::default());
-    }
-}
+mod tests;

@@ -14,11 +14,14 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use sha2::{Digest, Sha256};
 use supermachine_runtime::config;
 
-use crate::args::Args;
+use crate::args::{Args, TTRPC_ADDRESS};
 use crate::{BoxError, bootstrap};
 
 /// Where containerd's shims have their sockets: short, since a socket's path must be.
 const SOCKET_DIR: &str = "/run/containerd/s";
+
+/// `sun_path` without its final zero; macOS has four bytes less than Linux.
+const SOCKET_PATH_MAX: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
 
 /// Holds the daemon's pid; the daemon holds a lock on it for as long as it lives.
 pub(crate) const PID_FILE: &str = "shim.pid";
@@ -35,16 +38,17 @@ const LOG_FIFO: &str = "log";
 /// The configuration is wrong, a daemon for this id lives already, or something could not be
 /// created. Nothing is left behind then.
 pub(crate) fn run(args: &Args) -> Result<(), BoxError> {
-    let params = bootstrap::read(&args.id)?;
+    let params = bootstrap::read(args)?;
+    let args = &params.args;
     // The daemon reads it again; what is wrong with it is best said here, where it is seen.
     config::load(None)?;
     let socket = socket_path(params.socket_dir.as_deref(), args);
     let listener = listen(&socket)?;
-    let result = spawn(args, params.debug, listener).and_then(|mut daemon| {
+    let result = spawn(args, listener).and_then(|mut daemon| {
         let address = format!("unix://{}", socket.display());
         write_pid(&args.bundle.join(PID_FILE), daemon.id())
             .and_then(|()| write_atomically(&args.bundle.join(ADDRESS_FILE), &address))
-            .and_then(|()| bootstrap::reply(&address))
+            .and_then(|()| bootstrap::reply(&address, params.form))
             .inspect_err(|_| {
                 // containerd will not know of it.
                 let _ = daemon.kill();
@@ -76,6 +80,14 @@ pub(crate) fn socket_of(args: &Args) -> PathBuf {
 }
 
 fn listen(path: &Path) -> Result<UnixListener, BoxError> {
+    let length = path.as_os_str().len();
+    if length > SOCKET_PATH_MAX {
+        return Err(format!(
+            "Socket path {} has {length} bytes; a socket's path has at most {SOCKET_PATH_MAX}",
+            path.display()
+        )
+        .into());
+    }
     if let Some(directory) = path.parent() {
         DirBuilder::new()
             .recursive(true)
@@ -99,7 +111,7 @@ fn listen(path: &Path) -> Result<UnixListener, BoxError> {
 
 /// The daemon finds its socket as stdin, its locked pid file as stdout, and its log as stderr:
 /// descriptors that need no telling.
-fn spawn(args: &Args, debug: bool, listener: UnixListener) -> Result<Child, BoxError> {
+fn spawn(args: &Args, listener: UnixListener) -> Result<Child, BoxError> {
     let pid_path = args.bundle.join(PID_FILE);
     let pid_file = OpenOptions::new()
         .write(true)
@@ -121,12 +133,13 @@ fn spawn(args: &Args, debug: bool, listener: UnixListener) -> Result<Child, BoxE
         .arg("-bundle")
         .arg(&args.bundle)
         .current_dir(&args.bundle)
+        .env(TTRPC_ADDRESS, &args.ttrpc_address)
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)))
         .stdout(Stdio::from(pid_file))
         .stderr(log(&args.bundle))
         // Signals to containerd's process group are not for the daemon.
         .process_group(0);
-    if args.debug || debug {
+    if args.debug {
         command.arg("-debug");
     }
     let daemon = command.spawn()?;
@@ -199,9 +212,19 @@ mod tests {
         assert_ne!(one, two);
         assert!(one.starts_with(SOCKET_DIR));
         assert_eq!(one.file_name().unwrap().len(), 64);
-        // The shorter of the systems' limits, macOS's, without its final zero.
-        assert!(one.as_os_str().len() < 103);
+        // The shorter of the systems' limits, macOS's.
+        assert!(one.as_os_str().len() <= 103);
         assert!(socket_path(Some("/s"), &args("a", "b")).starts_with("/s"));
+    }
+
+    #[test]
+    fn a_socket_whose_path_is_too_long_is_named() {
+        let directory = format!("/tmp/{}", "d".repeat(60));
+        let path = socket_path(Some(&directory), &args("default", "a"));
+        let error = listen(&path).unwrap_err().to_string();
+        assert!(error.contains(&directory), "{error}");
+        assert!(error.contains("at most 10"), "{error}");
+        assert!(!Path::new(&directory).exists());
     }
 
     #[test]
