@@ -25,6 +25,9 @@ const CGROUP: &str = "/sys/fs/cgroup/session";
 /// How long output may still come once the command itself has ended, after its last byte.
 const LINGER: Duration = Duration::from_millis(500);
 
+/// How long containerd and kvm may take: seconds, but minutes where the host is overloaded.
+const SERVICES: Duration = Duration::from_secs(300);
+
 /// What the port's reader tells the main loop.
 enum Event {
     Frame(Kind, Vec<u8>),
@@ -227,7 +230,7 @@ fn release_exchange() -> Result<()> {
 
 /// The lab's init starts both in the background: containerd and the loading of kvm.
 fn wait_for_services(cancelled: &AtomicBool) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(90);
+    let deadline = Instant::now() + SERVICES;
     while !Path::new("/dev/kvm").exists() || UnixStream::connect(super::CONTAINERD).is_err() {
         if cancelled.load(Ordering::SeqCst) {
             bail!("ended before the command was started");
@@ -236,7 +239,7 @@ fn wait_for_services(cancelled: &AtomicBool) -> Result<()> {
             let log = fs::read_to_string("/var/log/containerd.log").unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(10).collect();
             bail!(
-                "no /dev/kvm or no containerd after 90 s; /dev/kvm there: {}; containerd said, last line first:\n{}",
+                "no /dev/kvm or no containerd after {SERVICES:?}; /dev/kvm there: {}; containerd said, last line first:\n{}",
                 Path::new("/dev/kvm").exists(),
                 tail.join("\n")
             );

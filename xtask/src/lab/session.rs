@@ -17,7 +17,7 @@ use crate::paths;
 use crate::step::quiet;
 
 /// How long a lab may take to answer at all; an icount lab on a busy machine is slow.
-const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+const BOOT_DEADLINE: Duration = Duration::from_secs(330);
 /// After this without an answer, `Hello` is said again: an earlier one may have been swallowed
 /// by the rest of a frame some dead session left.
 const HELLO_AGAIN: Duration = Duration::from_secs(3);
