@@ -10,16 +10,19 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
-use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process, Root, Spec};
+use oci_spec::runtime::{LinuxCapabilities, Process, Root, Spec};
 use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
 use supermachine_protocol::{Rootfs, Stdio};
 
 use crate::cgroup::Cgroup;
 use crate::container::Workshop;
+use crate::engine::helper::{SECCOMP, Withheld};
+use crate::engine::seccomp::Filter;
 use crate::error::Error;
 use crate::rootfs::Assembled;
 use crate::sys::lock;
+use crate::sysctl;
 
 /// Longest name of a container or a process, in bytes.
 const ID_MAX: usize = 128;
@@ -66,26 +69,40 @@ impl Bundle {
         Ok(())
     }
 
-    /// Fits the config to this guest and writes it where the engine looks for it.
-    pub(crate) fn write_config(&self, mut spec: Spec) -> Result<(), Error> {
+    /// Fits the config to this guest and writes what the engine and its helpers look for.
+    pub(crate) fn write_config(&self, mut spec: Spec, cwd: &Path) -> Result<(), Error> {
         let rootfs = lock(&self.rootfs);
         let path = rootfs
             .as_ref()
             .map(|rootfs| rootfs.path.clone())
             .unwrap_or_default();
-        if let Some(process) = spec.process() {
-            make_directory_in(&path, process.cwd());
-        }
+        make_directory_in(&path, cwd);
         let mut root = Root::default();
         root.set_readonly(spec.root().as_ref().and_then(|root| root.readonly()));
         root.set_path(path);
         spec.set_root(Some(root));
         let mut linux = spec.linux().clone().unwrap_or_default();
         linux.set_cgroups_path(Some(Cgroup::config_path(&self.id)));
-        spec.set_linux(Some(linux));
-        if let Some(process) = spec.process_mut() {
-            complete_capabilities(process, None);
+        if let Some(profile) = linux.seccomp() {
+            let filter = Filter::of(profile).map_err(Error::Program)?;
+            let file = self.path.join(SECCOMP);
+            filter.write(&file).map_err(Error::file("write", file))?;
         }
+        linux.set_seccomp(None);
+        // libcontainer knows these by one name each, and makes the first step recursive anyway.
+        let propagation = linux
+            .rootfs_propagation()
+            .as_deref()
+            .map(|name| match name {
+                "rprivate" | "rshared" | "rslave" | "runbindable" => &name[1..],
+                name => name,
+            });
+        let propagation = propagation.filter(|name| !name.is_empty());
+        linux.set_rootfs_propagation(propagation.map(str::to_owned));
+        if let Some(parameters) = linux.sysctl_mut() {
+            sysctl::set_network(parameters)?;
+        }
+        spec.set_linux(Some(linux));
         write_json(&self.path.join("config.json"), &spec)
     }
 
@@ -139,33 +156,27 @@ pub(crate) fn check_process(process: &Process, stdio: &Stdio) -> Result<u32, Err
     Ok(process.user().uid())
 }
 
-/// Fills in the capabilities that a process leaves out: `otherwise`, if it says nothing of them at
-/// all, and none for each set it doesn't mention. libcontainer would leave such a set as the agent
-/// has it; runc empties it.
-pub(crate) fn complete_capabilities(process: &mut Process, otherwise: Option<LinuxCapabilities>) {
-    let mut all = process
-        .capabilities()
-        .clone()
-        .or(otherwise)
-        .unwrap_or_else(|| {
-            let mut none = LinuxCapabilities::default();
-            none.set_bounding(None)
-                .set_effective(None)
-                .set_permitted(None)
-                .set_inheritable(None)
-                .set_ambient(None);
-            none
-        });
-    let complete = |set: &Option<Capabilities>| Some(set.clone().unwrap_or_default());
-    let (bounding, effective) = (complete(all.bounding()), complete(all.effective()));
-    let (permitted, inheritable) = (complete(all.permitted()), complete(all.inheritable()));
-    let ambient = complete(all.ambient());
-    all.set_bounding(bounding)
-        .set_effective(effective)
-        .set_permitted(permitted)
-        .set_inheritable(inheritable)
-        .set_ambient(ambient);
-    process.set_capabilities(Some(all));
+/// Takes out of a process what libcontainer isn't told. Capabilities are `otherwise` if it says
+/// nothing of them at all.
+pub(crate) fn withhold(process: &mut Process, otherwise: Option<LinuxCapabilities>) -> Withheld {
+    let capabilities = process.capabilities().clone();
+    process.set_capabilities(None);
+    let capabilities = capabilities.or(otherwise).unwrap_or_else(|| {
+        let mut none = LinuxCapabilities::default();
+        none.set_bounding(None)
+            .set_effective(None)
+            .set_permitted(None)
+            .set_inheritable(None)
+            .set_ambient(None);
+        none
+    });
+    let cwd = process.cwd().clone();
+    process.set_cwd("/".into());
+    Withheld {
+        capabilities,
+        cwd,
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+    }
 }
 
 /// Checks the name of a container or a process, which becomes part of paths.
@@ -190,7 +201,8 @@ pub(crate) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(
 
 /// Creates a container's working directory where its image has none, as runc does.
 ///
-/// What goes wrong shows when the process cannot enter it.
+/// What goes wrong shows when the process cannot enter it; a mount over its place comes later, and
+/// the process tries again.
 fn make_directory_in(root: &Path, path: &Path) {
     let made = || -> nix::Result<()> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use nix::libc::SIGKILL;
 use nix::unistd::Pid;
+use oci_spec::runtime::LinuxDeviceCgroup;
 
+use crate::devices;
 use crate::error::Error;
 use crate::sys;
 
@@ -59,6 +61,12 @@ impl Cgroup {
                 let _ = sys::kill(Pid::from_raw(pid), signal);
             }
         }
+    }
+
+    /// Lets its processes use only the devices that `rules` allow, and those that runc always does.
+    pub(crate) fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), Error> {
+        devices::enforce(rules, &self.directory)
+            .map_err(Error::system("enforce linux.resources.devices"))
     }
 
     /// File that changes when the kernel kills for want of memory.

@@ -44,7 +44,7 @@ pub(crate) struct Container {
     oom: Arc<oom::Watch>,
     init: Arc<Process>,
     /// The init process's, for exec'd processes that say nothing of theirs.
-    capabilities: Option<LinuxCapabilities>,
+    capabilities: LinuxCapabilities,
     execs: Mutex<HashMap<String, Exec>>,
     bundle: Bundle,
     workshop: Arc<Workshop>,
@@ -63,19 +63,25 @@ impl Container {
         request: CreateContainerRequest,
     ) -> Result<Arc<Self>, Error> {
         let id = request.container_id.as_str();
-        let spec: Spec = serde_json::from_slice(&request.spec_json)
+        let mut spec: Spec = serde_json::from_slice(&request.spec_json)
             .map_err(|error| Error::invalid("spec_json", error.to_string()))?;
         let stdio = request.stdio.clone().unwrap_or_default();
         let process = spec
-            .process()
-            .as_ref()
+            .process_mut()
+            .as_mut()
             .ok_or_else(|| Error::invalid("spec_json", "it has no process"))?;
         let owner = bundle::check_process(process, &stdio)?;
-        let capabilities = process.capabilities().clone();
+        let withheld = bundle::withhold(process, None);
+        let capabilities = withheld.capabilities.clone();
+        let resources = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        let devices = resources.and_then(|resources| resources.devices().clone());
 
         let mut bundle = Bundle::make(workshop.clone(), id)?;
         bundle.assemble(&request.rootfs).await?;
-        bundle.write_config(spec)?;
+        bundle.write_config(spec, &withheld.cwd)?;
 
         let ports = Ports::open(&*workshop.platform, &stdio).await?;
         let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
@@ -86,6 +92,7 @@ impl Container {
             bundle: bundle.path(),
             process: None,
             console: console.as_deref(),
+            withheld,
         };
         let mut making = Making::start(&order, ends, &workshop.reaper)?;
         let console = making.console.take();
@@ -94,6 +101,10 @@ impl Container {
             streams.attach_terminal(&workshop.pump, ports, console.terminal().await?, owner)?;
         }
         let cgroup = Cgroup::of(id);
+        if let Err(error) = cgroup.restrict_devices(&devices.unwrap_or_default()) {
+            cgroup.remove().await?;
+            return Err(error);
+        }
         let container = Arc::new(Self {
             id: id.to_owned(),
             bundle,
@@ -141,7 +152,7 @@ impl Container {
             .map_err(|error| Error::invalid("process_json", error.to_string()))?;
         let stdio = request.stdio.clone().unwrap_or_default();
         let owner = bundle::check_process(&process, &stdio)?;
-        bundle::complete_capabilities(&mut process, self.capabilities.clone());
+        let withheld = bundle::withhold(&mut process, Some(self.capabilities.clone()));
         let name = Reserved::exec(&self, exec_id)?;
 
         let file = self.bundle.path().join(format!("exec-{exec_id}.json"));
@@ -158,6 +169,7 @@ impl Container {
             bundle: self.bundle.path(),
             process: Some(&file),
             console: console.as_deref(),
+            withheld,
         };
         let mut making = Making::start(&order, ends, &workshop.reaper)?;
         if let (Some(ports), Some(console)) = (terminal, making.console.take())

@@ -111,9 +111,8 @@ impl Error {
             Self::NotFound { .. } | Self::Finished => ttrpc::Code::NOT_FOUND,
             Self::Exists { .. } => ttrpc::Code::ALREADY_EXISTS,
             Self::State(_) => ttrpc::Code::FAILED_PRECONDITION,
-            Self::Program(_) | Self::Engine { .. } | Self::File { .. } | Self::System { .. } => {
-                ttrpc::Code::INTERNAL
-            }
+            Self::Program(_) => ttrpc::Code::UNKNOWN,
+            Self::Engine { .. } | Self::File { .. } | Self::System { .. } => ttrpc::Code::INTERNAL,
         }
     }
 }

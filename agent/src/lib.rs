@@ -13,6 +13,7 @@
 mod bundle;
 mod cgroup;
 mod container;
+mod devices;
 mod engine;
 mod error;
 mod events;
@@ -27,6 +28,7 @@ mod rootfs;
 mod server;
 mod stdio;
 mod sys;
+mod sysctl;
 mod uevent;
 
 pub mod boot;

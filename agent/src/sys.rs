@@ -1,5 +1,8 @@
-//! The system calls for which no safe wrapper exists. All `unsafe` of the agent is here.
+//! The system calls for which no safe wrapper exists. All `unsafe` of the agent is here and below.
 #![allow(unsafe_code)]
+
+pub(crate) mod bpf;
+pub(crate) mod privilege;
 
 use std::fs::File;
 use std::io;

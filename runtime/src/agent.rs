@@ -142,6 +142,9 @@ impl Agent {
         answer
             .map(drop)
             .map_err(self.fault("creating the container"))
+            .map_err(in_runcs_words(
+                "create failed: unable to start container process: error during container init",
+            ))
     }
 
     pub(crate) async fn start_container(&self, container_id: &str) -> Result<(), Error> {
@@ -151,11 +154,17 @@ impl Agent {
         answer
             .map(drop)
             .map_err(self.fault("starting the container"))
+            .map_err(in_runcs_words("start failed"))
     }
 
     pub(crate) async fn exec(&self, request: &protocol::ExecProcessRequest) -> Result<(), Error> {
         let answer = self.client.exec_process(self.deadline(), request).await;
-        answer.map(drop).map_err(self.fault("starting a process"))
+        answer
+            .map(drop)
+            .map_err(self.fault("starting a process"))
+            .map_err(in_runcs_words(
+                "exec failed: exec failed: unable to start container process",
+            ))
     }
 
     pub(crate) async fn signal(
@@ -214,6 +223,20 @@ impl Agent {
     }
 }
 
+/// Puts before a program's failure what runc's shim does: clients look for these words.
+fn in_runcs_words(during: &'static str) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Guest {
+            kind: Kind::Program,
+            text,
+        } => Error::Guest {
+            kind: Kind::Program,
+            text: format!("OCI runtime {during}: {text}"),
+        },
+        other => other,
+    }
+}
+
 fn nanoseconds(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH)
         .ok()
@@ -248,6 +271,7 @@ fn fault(during: &'static str, limit: Duration, error: ttrpc::Error) -> Error {
                 Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
                 Code::INVALID_ARGUMENT => Kind::InvalidArgument,
                 Code::DEADLINE_EXCEEDED => return silent(during, limit),
+                Code::UNKNOWN => Kind::Program,
                 _ => Kind::Internal,
             };
             Error::Guest {

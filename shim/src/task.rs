@@ -259,6 +259,7 @@ fn status(error: Error) -> ttrpc::Error {
         Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
         Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
         Kind::Unimplemented => Code::UNIMPLEMENTED,
+        Kind::Program => Code::UNKNOWN,
         Kind::Internal => Code::INTERNAL,
     };
     ttrpc::Error::RpcStatus(get_status(code, error.chain()))

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fs::DirBuilder;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::{fs, io};
+use std::{env, fs, io};
 
 use libcontainer::oci_spec::runtime::{Process, Spec};
 use libcontainer::workload::{
@@ -16,20 +17,33 @@ use libcontainer::workload::{
 use nix::unistd::{AccessFlags, access, execve};
 
 use super::message;
+use super::privileges::Privileges;
 use crate::sys;
 
 /// Runs a container's program as runc does, with its wording of errors.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
     agent: Arc<UnixStream>,
+    privileges: Privileges,
+    cwd: PathBuf,
+    /// Make it if need be.
+    make_cwd: bool,
     /// Variables that libcontainer adds.
     added: Arc<Mutex<Vec<String>>>,
 }
 
 impl Program {
-    pub(crate) fn new(agent: UnixStream) -> Self {
+    pub(crate) fn new(
+        agent: UnixStream,
+        privileges: Privileges,
+        cwd: &Path,
+        make_cwd: bool,
+    ) -> Self {
         Self {
             agent: Arc::new(agent),
+            privileges,
+            cwd: cwd.to_owned(),
+            make_cwd,
             added: Arc::default(),
         }
     }
@@ -37,6 +51,27 @@ impl Program {
     fn fail(&self, text: &str) {
         // The agent may be gone; then nobody asks.
         let _ = (&*self.agent).write_all(&[&[message::FAILED], text.as_bytes()].concat());
+    }
+
+    /// Goes to the working directory, with the privileges of whoever sets the container up.
+    fn enter(&self) -> Result<(), String> {
+        let mut entered = env::set_current_dir(&self.cwd);
+        let missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+        if self.make_cwd && entered.as_ref().is_err_and(missing) {
+            // In a mount that came over the image's files. Why not, the second try tells.
+            let _ = DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(&self.cwd);
+            entered = env::set_current_dir(&self.cwd);
+        }
+        entered.map_err(|error| {
+            format!(
+                "chdir to cwd ({:?}) set in config.json failed: {}",
+                self.cwd,
+                describe(&error)
+            )
+        })
     }
 
     fn run(&self, process: &Process) -> Result<(), String> {
@@ -59,6 +94,9 @@ impl Program {
         ready
             .and_then(|()| (&*self.agent).read_exact(&mut go))
             .map_err(|e| e.to_string())?;
+        self.privileges
+            .filter_calls()
+            .map_err(|error| format!("error installing seccomp filter: {}", describe(&error)))?;
         let Err(error) = execve(&path_c, &args, &env);
         Err(format!(
             "exec {}: {}",
@@ -73,10 +111,18 @@ impl Executor for Program {
         let process = spec.process().as_ref().ok_or_else(|| {
             ExecutorValidationError::ArgValidationError("config has no process".to_owned())
         })?;
-        find(process).map(drop).map_err(|text| {
-            self.fail(&text);
-            ExecutorValidationError::ArgValidationError(text)
-        })
+        // The first moment that is ours; everything is set up, and the user is the process's own.
+        let give_up = || {
+            let dropped = self.privileges.drop_capabilities();
+            dropped.map_err(|error| format!("unable to apply caps: {}", describe(&error)))
+        };
+        self.enter()
+            .and_then(|()| give_up())
+            .and_then(|()| find(process).map(drop))
+            .map_err(|text| {
+                self.fail(&text);
+                ExecutorValidationError::ArgValidationError(text)
+            })
     }
 
     fn setup_envs(&self, envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
@@ -121,7 +167,12 @@ fn find(process: &Process) -> Result<PathBuf, String> {
         let path = Path::new(name);
         return match executable(path) {
             Ok(()) => Ok(path.to_owned()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
                 Err(format!("exec: {name:?}: stat {name}: {}", describe(&error)))
             }
             Err(error) => Err(format!("exec: {name:?}: {}", describe(&error))),

@@ -7,18 +7,33 @@ use std::process::ExitCode;
 use std::{env, fs};
 
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::oci_spec::runtime::LinuxCapabilities;
 use libcontainer::syscall::syscall::SyscallType;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::executor::Program;
 use super::message;
+use super::privileges::Privileges;
+use super::seccomp::Filter;
 use crate::sys;
 
 /// `argv[0]` of a helper.
 pub(crate) const NAME: &str = "supermachine-container";
 
+/// The file in a container's directory with its filter of system calls, if it has one.
+pub(crate) const SECCOMP: &str = "seccomp";
+
+/// What of a process libcontainer isn't told, because it is ours to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Withheld {
+    /// None where a set isn't told.
+    pub(crate) capabilities: LinuxCapabilities,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) cwd: PathBuf,
+}
+
 /// What a helper is asked to make; passed as one JSON argument.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) container_id: String,
     /// Directory of libcontainer's own state.
@@ -29,47 +44,19 @@ pub(crate) struct Job {
     pub(crate) process: Option<PathBuf>,
     /// Listening socket that takes the pty's master.
     pub(crate) console: Option<PathBuf>,
+    pub(crate) withheld: Withheld,
     /// Numbers of the inherited sockets.
     pub(crate) helper: i32,
     pub(crate) program: i32,
 }
 
 impl Job {
-    pub(crate) fn to_argument(&self) -> String {
-        json!([
-            self.container_id,
-            self.state,
-            self.bundle,
-            self.process,
-            self.console,
-            self.helper,
-            self.program
-        ])
-        .to_string()
+    pub(crate) fn to_argument(&self) -> serde_json::Result<String> {
+        serde_json::to_string(self)
     }
 
     fn from_argument(text: &str) -> Option<Self> {
-        type Fields = (
-            String,
-            PathBuf,
-            PathBuf,
-            Option<PathBuf>,
-            Option<PathBuf>,
-            i32,
-            i32,
-        );
-        let value: Value = serde_json::from_str(text).ok()?;
-        let (container_id, state, bundle, process, console, helper, program): Fields =
-            serde_json::from_value(value).ok()?;
-        Some(Self {
-            container_id,
-            state,
-            bundle,
-            process,
-            console,
-            helper,
-            program,
-        })
+        serde_json::from_str(text).ok()
     }
 }
 
@@ -112,8 +99,12 @@ fn report(agent: &mut UnixStream, answer: &str) -> ExitCode {
 fn make(job: &Job, program: UnixStream) -> Result<i32, Box<dyn std::error::Error>> {
     // The agent's own protection is not for its containers; a config that asks for a value gets it.
     fs::write("/proc/self/oom_score_adj", "0")?;
+    let filter = Filter::read(&job.bundle.join(SECCOMP))?;
+    let withheld = &job.withheld;
+    let privileges = Privileges::new(&withheld.capabilities, withheld.no_new_privileges, filter);
+    let program = Program::new(program, privileges, &withheld.cwd, job.process.is_none());
     let builder = ContainerBuilder::new(job.container_id.clone(), SyscallType::default())
-        .with_executor(Program::new(program))
+        .with_executor(program)
         .with_root_path(&job.state)?
         .with_console_socket(job.console.as_deref());
     let pid = match &job.process {

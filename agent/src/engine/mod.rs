@@ -13,7 +13,9 @@
 
 pub(crate) mod executor;
 pub(crate) mod helper;
+mod privileges;
 pub(crate) mod run;
+pub(crate) mod seccomp;
 
 /// First byte of a message; see the module.
 mod message {

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 
-use super::helper::{self, Job};
+use super::helper::{self, Job, Withheld};
 use super::message;
 use crate::error::Error;
 use crate::reaper::{ExitStatus, Reaper};
@@ -31,6 +31,7 @@ pub(crate) struct Order<'a> {
     pub(crate) process: Option<&'a Path>,
     /// Path for the socket through which a pty comes, if the process is to have one.
     pub(crate) console: Option<&'a Path>,
+    pub(crate) withheld: Withheld,
 }
 
 /// A helper at work.
@@ -86,6 +87,7 @@ impl Making {
                 bundle: order.bundle.to_owned(),
                 process: order.process.map(Path::to_owned),
                 console: order.console.map(Path::to_owned),
+                withheld: order.withheld.clone(),
                 helper: their_helper.as_raw_fd(),
                 program: their_program.as_raw_fd(),
             };
@@ -95,7 +97,7 @@ impl Making {
             reaper.spawn(
                 Command::new("/proc/self/exe")
                     .arg0(helper::NAME)
-                    .arg(job.to_argument())
+                    .arg(job.to_argument()?)
                     .env_clear()
                     .current_dir("/")
                     .stdin(ends.stdin)

@@ -24,6 +24,10 @@ pub(crate) const ALL: &[Case] = &[
         "exec_has_its_own_user_cwd_env",
         exec_has_its_own_user_cwd_env,
     ),
+    ("calls_are_filtered", calls_are_filtered),
+    ("devices_are_restricted", devices_are_restricted),
+    ("capabilities_of_every_kind", capabilities_of_every_kind),
+    ("cwd_in_a_mount", cwd_in_a_mount),
     ("exec_terminal", exec_terminal),
     ("exec_left_behind", exec_left_behind),
     ("pids", pids),
@@ -284,6 +288,102 @@ fn exec_has_its_own_user_cwd_env() -> Outcome {
     })
 }
 
+/// The filter holds for every process, whether it may gain privileges or not, root or not.
+fn calls_are_filtered() -> Outcome {
+    on_machine(async |machine| {
+        let script = "busybox mkdir /tmp/x; grep -E '^(Seccomp|NoNewPrivs|CapPrm):' \
+            /proc/self/status; echo; sleep 1000";
+        let mut spec = spec(&sh(script));
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
+        });
+        spec["process"]["noNewPrivileges"] = json!(false);
+        spec["process"]["capabilities"] = json!({"bounding": [], "permitted": [], "effective": []});
+        let expected =
+            |no_new| format!("NoNewPrivs:\t{no_new}\nSeccomp:\t2\nCapPrm:\t0000000000000000\n\n");
+        let ends = machine.run("a", &spec).await;
+        let told = until(ends.stdout.as_ref().unwrap(), "\n\n").await;
+        assert_eq!(sorted(&told), sorted(&expected(0)));
+        for (number, no_new, uid) in [
+            (0, false, 0),
+            (1, true, 0),
+            (2, false, 1000),
+            (3, true, 1000),
+        ] {
+            let script = script.replace("sleep 1000", "exit 3");
+            let mut process = process(&sh(&script));
+            process["noNewPrivileges"] = json!(no_new);
+            process["capabilities"] = json!({});
+            process["user"] = json!({"uid": uid, "gid": uid});
+            let exec = format!("e{number}");
+            let mut ends = machine.exec("a", &exec, &process).await.unwrap();
+            let told = text(ends.stdout.take()).await;
+            assert_eq!(
+                sorted(&told),
+                sorted(&expected(u8::from(no_new))),
+                "{number}"
+            );
+            let errors = text(ends.stderr.take()).await;
+            assert!(errors.contains("not supported"), "{errors}");
+            assert_eq!(machine.exit("a", &exec).await, 3);
+        }
+    })
+}
+
+fn sorted(lines: &str) -> Vec<&str> {
+    let mut lines: Vec<&str> = lines.lines().collect();
+    lines.sort_unstable();
+    lines
+}
+
+fn devices_are_restricted() -> Outcome {
+    on_machine(async |machine| {
+        let mut spec = spec(&sh(
+            "mknod /tmp/m c 1 1 && cat /tmp/m; mknod /tmp/z c 1 5 && head -c 3 /tmp/z | wc -c",
+        ));
+        spec["process"]["capabilities"] = json!({
+            "bounding": ["CAP_MKNOD"], "permitted": ["CAP_MKNOD"], "effective": ["CAP_MKNOD"],
+        });
+        spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+        let (stdout, stderr, _) = machine.output("a", &spec).await;
+        assert_eq!(stdout, "3\n", "{stderr}");
+        assert!(stderr.contains("Operation not permitted"), "{stderr}");
+    })
+}
+
+/// Sets that can't be reached by changing one after the other.
+fn capabilities_of_every_kind() -> Outcome {
+    on_machine(async |machine| {
+        let mut spec = spec(&sh("grep ^Cap /proc/self/status"));
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        spec["process"]["capabilities"] = json!({
+            "bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN"],
+            "permitted": ["CAP_CHOWN", "CAP_KILL"],
+            "effective": ["CAP_CHOWN"],
+            "inheritable": ["CAP_CHOWN", "CAP_SYS_ADMIN"],
+            "ambient": ["CAP_CHOWN", "CAP_SYS_ADMIN"],
+        });
+        let (stdout, stderr, _) = machine.output("a", &spec).await;
+        let expected = "CapInh:\t0000000000200001\nCapPrm:\t0000000000000001\n\
+            CapEff:\t0000000000000001\nCapBnd:\t0000000000200021\nCapAmb:\t0000000000000001\n";
+        assert_eq!(stdout, expected, "{stderr}");
+    })
+}
+
+fn cwd_in_a_mount() -> Outcome {
+    on_machine(async |machine| {
+        let mut spec = spec(&["pwd"]);
+        spec["process"]["cwd"] = json!("/run/not/there/yet");
+        assert_eq!(machine.output("a", &spec).await.0, "/run/not/there/yet\n");
+        spec["process"]["cwd"] = json!("/etc/passwd");
+        let ends = machine.ports(false);
+        let (_, text) = code(machine.create("b", &spec, &ends).await);
+        let expected = "chdir to cwd (\"/etc/passwd\") set in config.json failed: not a directory";
+        assert_eq!(text, expected);
+    })
+}
+
 fn exec_terminal() -> Outcome {
     on_machine(async |machine| {
         machine.run("a", &spec(&["sleep", "1000"])).await;
@@ -342,7 +442,7 @@ fn program_not_found() -> Outcome {
         ] {
             let ends = machine.ports(false);
             let (code, text) = code(machine.create("a", &spec(&[program]), &ends).await);
-            assert_eq!((code, text.as_str()), (ttrpc::Code::INTERNAL, expected));
+            assert_eq!((code, text.as_str()), (ttrpc::Code::UNKNOWN, expected));
         }
         // And the name is free again.
         assert_eq!(machine.output("a", &spec(&["true"])).await.2, 0);
@@ -363,7 +463,10 @@ fn exec_not_found() -> Outcome {
         assert_eq!(machine.exit("a", "e").await, 0);
         let mut process = process(&["true"]);
         process["cwd"] = json!("/nosuch");
-        assert!(machine.exec("a", "f", &process).await.is_err());
+        let (_, text) = code(machine.exec("a", "f", &process).await.map(drop));
+        let expected =
+            "chdir to cwd (\"/nosuch\") set in config.json failed: no such file or directory";
+        assert_eq!(text, expected);
     })
 }
 

@@ -21,6 +21,8 @@ pub enum Kind {
     ResourceExhausted,
     /// Not offered.
     Unimplemented,
+    /// A program can't be run as its configuration has it. For containerd that has no name.
+    Program,
     /// All else.
     Internal,
 }

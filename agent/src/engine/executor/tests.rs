@@ -28,6 +28,10 @@ fn errors_are_worded_as_runc_words_them() {
         "exec: \"/nosuch\": stat /nosuch: no such file or directory"
     );
     assert_eq!(
+        lookup("/etc/passwd/x", "/bin").unwrap_err(),
+        "exec: \"/etc/passwd/x\": stat /etc/passwd/x: not a directory"
+    );
+    assert_eq!(
         lookup("/etc/passwd", "/bin").unwrap_err(),
         "exec: \"/etc/passwd\": permission denied"
     );
