@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    Mount, Process, Root, Spec, User,
+    LinuxSeccompAction, Mount, Process, Root, Spec, User,
 };
 
 use super::{Error, LeftOut};
 
 mod resources;
+mod sysctl;
 
 /// Kinds of mount that the guest's own kernel provides.
 const GUEST_MOUNTS: [&str; 7] = [
@@ -28,6 +29,19 @@ const GUEST_DEVICES: [(&str, i64, i64); 8] = [
     ("/dev/tty", 5, 0),
     ("/dev/fuse", 10, 229),
     ("/dev/net/tun", 10, 200),
+];
+
+/// What `linux.rootfsPropagation` may be; runc takes the recursive ones too.
+const PROPAGATIONS: [&str; 9] = [
+    "",
+    "private",
+    "rprivate",
+    "shared",
+    "rshared",
+    "slave",
+    "rslave",
+    "unbindable",
+    "runbindable",
 ];
 
 pub(super) type Notes = Vec<LeftOut>;
@@ -83,6 +97,11 @@ pub(super) fn build(
         "the machine is the administrator's to configure",
     )?;
 
+    let elsewhere = "it is of another operating system";
+    leave_out(notes, spec.solaris().is_some(), "solaris", elsewhere);
+    leave_out(notes, spec.windows().is_some(), "windows", elsewhere);
+    leave_out(notes, spec.zos().is_some(), "zos", elsewhere);
+
     // Every field that `default()` fills is set below.
     let mut root = Root::default();
     root.set_path("rootfs".into()).set_readonly(Some(read_only));
@@ -136,22 +155,31 @@ pub(super) fn process(source: &Process, notes: &mut Notes) -> Result<Process, Er
             expected: "an absolute path",
         });
     }
-    let unsupported = "not passed to the guest yet";
-    refuse(
-        source.io_priority().is_some(),
-        "process.ioPriority",
-        unsupported,
-    )?;
-    refuse(
-        source.scheduler().is_some(),
-        "process.scheduler",
-        unsupported,
-    )?;
     refuse(
         source.exec_cpu_affinity().is_some(),
         "process.execCPUAffinity",
-        unsupported,
+        "it numbers the host's processors, the machine has its own",
     )?;
+    if let Some(umask) = source.user().umask().filter(|umask| *umask > 0o777) {
+        return Err(Error::Invalid {
+            key: "process.user.umask".into(),
+            value: format!("{umask:#o}"),
+            expected: "0 to 0o777",
+        });
+    }
+    let elsewhere = "it is of another operating system";
+    leave_out(
+        notes,
+        source.command_line().is_some(),
+        "process.commandLine",
+        elsewhere,
+    );
+    leave_out(
+        notes,
+        source.user().username().is_some(),
+        "process.user.username",
+        elsewhere,
+    );
     let label = "the guest has no such security module";
     let set = |label: &Option<String>| label.as_ref().is_some_and(|label| !label.is_empty());
     leave_out(
@@ -183,7 +211,9 @@ pub(super) fn process(source: &Process, notes: &mut Notes) -> Result<Process, Er
         .set_capabilities(source.capabilities().clone())
         .set_rlimits(source.rlimits().clone())
         .set_no_new_privileges(source.no_new_privileges())
-        .set_oom_score_adj(source.oom_score_adj());
+        .set_oom_score_adj(source.oom_score_adj())
+        .set_io_priority(*source.io_priority())
+        .set_scheduler(source.scheduler().clone());
     Ok(process)
 }
 
@@ -230,8 +260,16 @@ fn mounts(source: &[Mount]) -> Result<Vec<Mount>, Error> {
 
 fn linux(source: &Linux, id: &str, notes: &mut Notes) -> Result<Linux, Error> {
     let unsupported = "not passed to the guest yet";
-    let mapped = some(source.uid_mappings()) || some(source.gid_mappings());
-    refuse(mapped, "linux.uidMappings", unsupported)?;
+    refuse(
+        some(source.uid_mappings()),
+        "linux.uidMappings",
+        unsupported,
+    )?;
+    refuse(
+        some(source.gid_mappings()),
+        "linux.gidMappings",
+        unsupported,
+    )?;
     refuse(
         source.intel_rdt().is_some(),
         "linux.intelRdt",
@@ -247,11 +285,23 @@ fn linux(source: &Linux, id: &str, notes: &mut Notes) -> Result<Linux, Error> {
         .as_ref()
         .is_some_and(|devices| !devices.is_empty());
     refuse(net_devices, "linux.netDevices", unsupported)?;
-    let offsets = source
-        .time_offsets()
+    let flags = source
+        .personality()
         .as_ref()
-        .is_some_and(|offsets| !offsets.is_empty());
-    refuse(offsets, "linux.timeOffsets", unsupported)?;
+        .is_some_and(|personality| some(personality.flags()));
+    refuse(flags, "linux.personality.flags", "no runtime has any")?;
+    if let Some(propagation) = source.rootfs_propagation()
+        && !PROPAGATIONS.contains(&propagation.as_str())
+    {
+        return Err(Error::Invalid {
+            key: "linux.rootfsPropagation".into(),
+            value: propagation.clone(),
+            expected: "private, shared, slave or unbindable",
+        });
+    }
+    if let Some(parameters) = source.sysctl() {
+        sysctl::check(parameters)?;
+    }
     let label = source
         .mount_label()
         .as_ref()
@@ -270,6 +320,7 @@ fn linux(source: &Linux, id: &str, notes: &mut Notes) -> Result<Linux, Error> {
     let mut linux = Linux::default();
     linux
         .set_sysctl(source.sysctl().clone())
+        .set_time_offsets(source.time_offsets().clone())
         .set_resources(Some(resources))
         .set_cgroups_path(Some(PathBuf::from(format!("/{id}"))))
         .set_namespaces(Some(namespaces(
@@ -371,6 +422,16 @@ fn seccomp(source: &LinuxSeccomp) -> Result<LinuxSeccomp, Error> {
     refuse(
         listener,
         "linux.seccomp.listenerPath",
+        "the listener is a process of the host's",
+    )?;
+    let notify = source
+        .syscalls()
+        .iter()
+        .flatten()
+        .any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify);
+    refuse(
+        notify || source.default_action() == LinuxSeccompAction::ScmpActNotify,
+        "linux.seccomp SCMP_ACT_NOTIFY",
         "the listener is a process of the host's",
     )?;
     Ok(source.clone())

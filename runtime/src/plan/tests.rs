@@ -1,3 +1,5 @@
+mod every_key;
+
 use std::path::Path;
 
 use expect_test::{expect, expect_file};
@@ -297,10 +299,6 @@ fn what_a_machine_cannot_keep_is_refused_by_name() {
         refusal(&["linux", "namespaces"], json!([{"type": "user"}])),
         refusal(&["linux", "intelRdt"], json!({"closID": "a"})),
         refusal(
-            &["linux", "resources", "hugepageLimits"],
-            json!([{"pageSize": "2MB", "limit": 2_097_152}]),
-        ),
-        refusal(
             &["linux", "resources", "blockIO"],
             json!({"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}),
         ),
@@ -313,9 +311,13 @@ fn what_a_machine_cannot_keep_is_refused_by_name() {
             json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x.sock"}),
         ),
         refusal(
-            &["process", "scheduler"],
-            json!({"policy": "SCHED_FIFO", "priority": 1}),
+            &["linux", "seccomp"],
+            json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
         ),
+        refusal(&["process", "execCPUAffinity"], json!({"initial": "0"})),
+        refusal(&["linux", "sysctl"], json!({"vm.swappiness": "1"})),
+        refusal(&["linux", "sysctl"], json!({"kernel.hostname": "x"})),
+        refusal(&["linux", "sysctl"], json!({"net/../../x": "1"})),
     ];
     expect![[r#"
         The mount at /data is not supported in a microVM: the host's /srv cannot be shared with the guest yet
@@ -326,11 +328,14 @@ fn what_a_machine_cannot_keep_is_refused_by_name() {
         linux.namespaces pid is not supported in a microVM: /proc/1/ns/pid is the host's and cannot be joined
         linux.namespaces user is not supported in a microVM: not passed to the guest yet
         linux.intelRdt is not supported in a microVM: it is the host's to partition
-        linux.resources.hugepageLimits is not supported in a microVM: the guest reserves no huge pages
-        linux.resources.blockIO is not supported in a microVM: it names devices of the host
+        linux.resources.blockIO.throttleReadBpsDevice is not supported in a microVM: it names devices of the host
         linux.resources.cpu.realtimeRuntime is not supported in a microVM: cgroup v2 has no such limit
         linux.seccomp.listenerPath is not supported in a microVM: the listener is a process of the host's
-        process.scheduler is not supported in a microVM: not passed to the guest yet"#]].assert_eq(&rules.join("\n"));
+        linux.seccomp SCMP_ACT_NOTIFY is not supported in a microVM: the listener is a process of the host's
+        process.execCPUAffinity is not supported in a microVM: it numbers the host's processors, the machine has its own
+        linux.sysctl vm.swappiness is not supported in a microVM: it is not in a separate kernel namespace
+        linux.sysctl kernel.hostname is not supported in a microVM: it conflicts with hostname
+        linux.sysctl net/../../x is not supported in a microVM: it is not in a separate kernel namespace"#]].assert_eq(&rules.join("\n"));
 }
 
 #[test]
@@ -344,6 +349,12 @@ fn what_is_wrong_is_named() {
         refusal(&["linux", "resources", "cpu"], json!({"cpus": "3-1"})),
         refusal(&["linux", "cgroupsPath"], json!("/a/../../b")),
         refusal(&["linux", "cgroupsPath"], json!("a:b")),
+        refusal(&["process", "user", "umask"], json!(0o1000)),
+        refusal(&["linux", "rootfsPropagation"], json!("sideways")),
+        refusal(
+            &["linux", "resources", "unified"],
+            json!({"../x/memory.max": "1"}),
+        ),
     ];
     expect![[r#"
         process is missing from the container's configuration
@@ -353,7 +364,10 @@ fn what_is_wrong_is_named() {
         ociVersion is "2.0.0"; expected 1.x
         linux.resources.cpu.cpus is "3-1"; expected a list of processors such as "0-3,8"
         linux.cgroupsPath is "/a/../../b"; expected a path below the cgroup root without "..", or slice:prefix:name
-        linux.cgroupsPath is "a:b"; expected a path below the cgroup root without "..", or slice:prefix:name"#]].assert_eq(&wrong.join("\n"));
+        linux.cgroupsPath is "a:b"; expected a path below the cgroup root without "..", or slice:prefix:name
+        process.user.umask is "0o1000"; expected 0 to 0o777
+        linux.rootfsPropagation is "sideways"; expected private, shared, slave or unbindable
+        linux.resources.unified is "../x/memory.max"; expected a file of cgroup v2 such as "memory.high""#]].assert_eq(&wrong.join("\n"));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Resource limits as the guest's cgroup v2 enforces them.
 
+use std::collections::HashMap;
+
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{Error, Notes, leave_out, refuse, some};
@@ -13,8 +15,12 @@ pub(super) fn build(source: &LinuxResources, notes: &mut Notes) -> Result<LinuxR
         .iter()
         .flatten()
         .any(|limit| limit.limit() > 0);
-    let key = "linux.resources.hugepageLimits";
-    refuse(hugepages, key, "the guest reserves no huge pages")?;
+    leave_out(
+        notes,
+        hugepages,
+        "linux.resources.hugepageLimits",
+        "the guest has no huge pages of its own, so that every limit holds",
+    );
     let network = source.network().as_ref().is_some_and(|network| {
         network.class_id().is_some_and(|class| class != 0) || some(network.priorities())
     });
@@ -43,8 +49,25 @@ pub(super) fn build(source: &LinuxResources, notes: &mut Notes) -> Result<LinuxR
                 .transpose()?,
         )
         .set_pids(*source.pids())
-        .set_unified(source.unified().clone());
+        .set_unified(unified(source.unified().as_ref())?);
     Ok(resources)
+}
+
+/// Files of the guest's cgroup by name.
+fn unified(
+    source: Option<&HashMap<String, String>>,
+) -> Result<Option<HashMap<String, String>>, Error> {
+    for name in source.into_iter().flatten().map(|(name, _)| name) {
+        // As runc has it: a file, never one elsewhere.
+        if name.contains('/') || !name.contains('.') || name.starts_with('.') {
+            return Err(Error::Invalid {
+                key: "linux.resources.unified".into(),
+                value: name.clone(),
+                expected: "a file of cgroup v2 such as \"memory.high\"",
+            });
+        }
+    }
+    Ok(source.cloned())
 }
 
 fn memory(source: &LinuxMemory, notes: &mut Notes) -> LinuxMemory {
@@ -67,6 +90,12 @@ fn memory(source: &LinuxMemory, notes: &mut Notes) -> LinuxMemory {
         "linux.resources.memory.swappiness",
         absent,
     );
+    leave_out(
+        notes,
+        source.use_hierarchy().is_some(),
+        "linux.resources.memory.useHierarchy",
+        "cgroup v2 always does",
+    );
     let unkillable = source.disable_oom_killer().unwrap_or(false);
     leave_out(
         notes,
@@ -84,12 +113,16 @@ fn memory(source: &LinuxMemory, notes: &mut Notes) -> LinuxMemory {
 }
 
 fn cpu(source: &LinuxCpu, notes: &mut Notes) -> Result<LinuxCpu, Error> {
-    let realtime = source.realtime_runtime().is_some_and(|time| time != 0)
-        || source.realtime_period().is_some_and(|time| time != 0);
+    let absent = "cgroup v2 has no such limit";
     refuse(
-        realtime,
+        source.realtime_runtime().is_some_and(|time| time != 0),
         "linux.resources.cpu.realtimeRuntime",
-        "cgroup v2 has no such limit",
+        absent,
+    )?;
+    refuse(
+        source.realtime_period().is_some_and(|time| time != 0),
+        "linux.resources.cpu.realtimePeriod",
+        absent,
     )?;
     let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
     let host = "it numbers the host's, and there holds for the whole machine";
@@ -105,13 +138,28 @@ fn cpu(source: &LinuxCpu, notes: &mut Notes) -> Result<LinuxCpu, Error> {
 }
 
 fn check_block_io(source: &LinuxBlockIo, notes: &mut Notes) -> Result<(), Error> {
-    let by_device = some(source.weight_device())
-        || some(source.throttle_read_bps_device())
-        || some(source.throttle_write_bps_device())
-        || some(source.throttle_read_iops_device())
-        || some(source.throttle_write_iops_device());
-    let key = "linux.resources.blockIO";
-    refuse(by_device, key, "it names devices of the host")?;
+    for (key, present) in [
+        ("weightDevice", some(source.weight_device())),
+        (
+            "throttleReadBpsDevice",
+            some(source.throttle_read_bps_device()),
+        ),
+        (
+            "throttleWriteBpsDevice",
+            some(source.throttle_write_bps_device()),
+        ),
+        (
+            "throttleReadIOPSDevice",
+            some(source.throttle_read_iops_device()),
+        ),
+        (
+            "throttleWriteIOPSDevice",
+            some(source.throttle_write_iops_device()),
+        ),
+    ] {
+        let key = format!("linux.resources.blockIO.{key}");
+        refuse(present, &key, "it names devices of the host")?;
+    }
     let weight = source.weight().is_some() || source.leaf_weight().is_some();
     leave_out(
         notes,
