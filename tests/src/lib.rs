@@ -8,8 +8,10 @@
 pub mod bundle;
 pub mod containerd;
 pub mod ctr;
+pub mod fifo;
 pub mod host;
 pub mod program;
+pub mod runc;
 pub mod shim;
 pub mod step;
 pub mod terminal;

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest, KillRequest, Mount,
-    ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, ForwardRequest,
+    KillRequest, Mount, ShutdownRequest, StartRequest, StateRequest, StateResponse, WaitRequest,
+    WaitResponse,
 };
 use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskStart};
 use containerd_shim_protos::protobuf::Message;
@@ -214,11 +215,20 @@ impl Shim {
     /// # Errors
     /// What the shim answers.
     pub fn create(&self, bundle: &Bundle) -> Result<u32> {
+        let mount = self.overlay(bundle)?;
+        self.create_with(|request| request.rootfs = vec![mount])
+    }
+
+    /// The mount of the image's files as a read-only lower layer.
+    ///
+    /// # Errors
+    /// The folders of its other layers can't be made.
+    pub fn overlay(&self, bundle: &Bundle) -> Result<Mount> {
         let overlay = self.dir.path();
         for layer in ["upper", "work"] {
             fs::create_dir_all(overlay.join(layer))?;
         }
-        let mount = Mount {
+        Ok(Mount {
             type_: "overlay".to_owned(),
             source: "overlay".to_owned(),
             options: vec![
@@ -227,8 +237,7 @@ impl Shim {
                 format!("workdir={}", overlay.join("work").display()),
             ],
             ..Mount::default()
-        };
-        self.create_with(|request| request.rootfs = vec![mount])
+        })
     }
 
     /// Create, with whatever `change` makes of the request.
@@ -255,6 +264,61 @@ impl Shim {
             ..StartRequest::default()
         };
         Ok(self.client()?.start(self.call(), &request)?.pid)
+    }
+
+    /// Exec of an OCI process, with whatever `change` makes of the request.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn exec_with(
+        &self,
+        exec_id: &str,
+        process: &serde_json::Value,
+        change: impl FnOnce(&mut ExecProcessRequest),
+    ) -> Result<()> {
+        let mut request = ExecProcessRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..ExecProcessRequest::default()
+        };
+        request.spec.mut_or_insert_default().value = process.to_string().into_bytes();
+        change(&mut request);
+        self.client()?.exec(self.call(), &request)?;
+        Ok(())
+    }
+
+    /// Start of an exec'd process.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn start_exec(&self, exec_id: &str) -> Result<()> {
+        let request = StartRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..StartRequest::default()
+        };
+        self.client()?.start(self.call(), &request)?;
+        Ok(())
+    }
+
+    /// Wait for an exec'd process, and its Delete; its status.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn end_exec(&self, exec_id: &str) -> Result<u32> {
+        let wait = WaitRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..WaitRequest::default()
+        };
+        let status = self.client()?.wait(self.call(), &wait)?.exit_status;
+        let delete = DeleteRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..DeleteRequest::default()
+        };
+        self.client()?.delete(self.call(), &delete)?;
+        Ok(status)
     }
 
     /// State of the first process.

@@ -17,7 +17,7 @@ use crate::{build, containerd, images, lab, paths};
 /// The package they are of.
 pub(crate) const PACKAGE: &str = "supermachine-tests";
 /// Its programs.
-pub(crate) const PROGRAMS: [&str; 3] = ["bench", "demo", "e2e"];
+pub(crate) const PROGRAMS: [&str; 4] = ["bench", "demo", "e2e", "probe"];
 
 /// What to run, where.
 #[derive(Debug)]

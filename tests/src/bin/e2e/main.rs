@@ -23,6 +23,7 @@ mod limits;
 mod output;
 mod process;
 mod refused;
+mod spec;
 mod support;
 mod terminal;
 
@@ -88,6 +89,7 @@ fn run(options: Options) -> Result<ExitCode> {
         limits::tests,
         leftovers::tests,
         refused::tests,
+        spec::tests,
         driven::tests,
         kernels::tests,
         bad::tests,
