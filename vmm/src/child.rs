@@ -9,8 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use crate::control::{self, ARG0, ARG1, LogLevel, Start};
-use crate::hypervisor::{Host, Hypervisor};
-use crate::jail::{self, Policy};
+use crate::devices::virtio::{self, block};
+use crate::hypervisor::{Host, Hypervisor, KICK};
+use crate::jail::{self, Filter, Policy, Rule, When, allow, allow_if};
+use crate::sys::{reactor, threads};
+use crate::vcpu;
 
 /// Runs a VMM if this process was executed to be one, and returns its exit status; returns nothing
 /// in every other process.
@@ -42,6 +45,64 @@ pub fn main() -> Option<ExitCode> {
     Some(run(level, policy.as_deref()))
 }
 
+/// All that a VMM process does from its confinement to its end. Each thread is left a part of it
+/// when it starts, and the first one when the VM runs.
+const PROCESS: Filter = Filter {
+    name: "boot",
+    tables: &[
+        BOOT,
+        threads::EVERY,
+        threads::STARTING,
+        control::TALK,
+        reactor::WAITING,
+        virtio::STREAMS,
+        block::FILE,
+        vcpu::RUNNING,
+    ],
+};
+
+/// What it takes to make a VM.
+const BOOT: &[Rule] = &[
+    allow_if(
+        libc::SYS_ioctl,
+        &[
+            // KVM's own requests.
+            When::Masked(1, 0xff00, 0xae00),
+            // The size of a block device: BLKGETSIZE64 of linux/fs.h.
+            When::Is(1, 0x8008_1272),
+        ],
+    ),
+    allow(libc::SYS_epoll_create1),
+    allow(libc::SYS_eventfd2),
+    allow(libc::SYS_timerfd_create),
+    // Kernel and initramfs.
+    allow(libc::SYS_pread64),
+    allow(libc::SYS_lseek),
+    // Of open files: without a name.
+    allow_if(libc::SYS_statx, &[When::Masked(2, EMPTY_PATH, EMPTY_PATH)]),
+    allow_if(
+        libc::SYS_newfstatat,
+        &[When::Masked(3, EMPTY_PATH, EMPTY_PATH)],
+    ),
+    allow(libc::SYS_fstat),
+    allow(libc::SYS_getpeername),
+    allow(libc::SYS_getsockopt),
+    allow_if(libc::SYS_rt_sigaction, &[When::Is(0, KICK as u32)]),
+];
+
+const EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
+
+/// The filter of each kind of thread, the first for the time before the VM runs.
+pub fn filters() -> [&'static Filter; 5] {
+    [
+        &PROCESS,
+        &control::CONTROL,
+        &virtio::DEVICES,
+        &block::DISK,
+        &vcpu::VCPU,
+    ]
+}
+
 fn run(level: LogLevel, policy: Option<&OsStr>) -> ExitCode {
     let confined = confine(policy);
     let socket = match control_socket() {
@@ -63,7 +124,7 @@ fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> 
     };
     jail::close_inherited()?;
     let hypervisor = Host::open();
-    let missing = jail::enter(&policy)?;
+    let missing = jail::enter(&policy, &PROCESS)?;
     Ok(Start {
         hypervisor,
         missing,

@@ -5,7 +5,36 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::devices::bus::Bus;
 use crate::exit::Exit;
-use crate::hypervisor::{Vcpu, VcpuExit};
+use crate::hypervisor::{KICK, Vcpu, VcpuExit};
+use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::sys::threads;
+
+/// The thread of a vCPU: it runs the guest, rings doorbells, writes what the serial port says.
+pub(crate) const VCPU: Filter = Filter {
+    name: "vcpu",
+    tables: &[threads::EVERY, RUNNING],
+};
+
+/// `KVM_RUN` of linux/kvm.h.
+const KVM_RUN: u32 = 0xae80;
+
+/// What it takes to run.
+pub(crate) const RUNNING: &[Rule] = &[
+    allow_if(libc::SYS_ioctl, &[When::Is(1, KVM_RUN)]),
+    // To a serial log that is full.
+    allow(libc::SYS_poll),
+    allow(libc::SYS_ppoll),
+    // A vCPU that ends brings the others out.
+    allow_if(libc::SYS_tgkill, &[When::Is(2, KICK as u32)]),
+    // What the last one leaves: sources of devices.
+    allow(libc::SYS_epoll_ctl),
+    // Doorbells of a device that the guest starts.
+    allow(libc::SYS_dup),
+    allow_if(
+        libc::SYS_fcntl,
+        &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
+    ),
+];
 
 /// The address spaces a vCPU sees devices in.
 #[derive(Debug, Default)]

@@ -56,6 +56,7 @@ fn name(layer: Layer) -> &'static str {
         Layer::Network => "jail: net",
         Layer::Ipc => "jail: ipc",
         Layer::Landlock => "jail: rules",
+        Layer::Seccomp => "jail: calls",
     }
 }
 
@@ -68,5 +69,6 @@ fn what(layer: Layer) -> &'static str {
         Layer::Network => "a network namespace of its own",
         Layer::Ipc => "ipc, uts and cgroup namespaces of its own",
         Layer::Landlock => "landlock forbids it files and sockets",
+        Layer::Seccomp => "seccomp leaves each thread the system calls of its kind",
     }
 }

@@ -17,7 +17,7 @@ pub use schema::{
     Config, Console, Images, Jail, Kernel, Log, Resolved, Rootfs, State, Timeouts, Vm, example,
 };
 pub use value::{
-    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, Size, Time, Vcpus,
+    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, SeccompMode, Size, Time, Vcpus,
 };
 
 /// Where the configuration is looked for unless [`PATH_VARIABLE`] says otherwise.

@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 
-use supermachine_vmm::jail::Policy;
+use supermachine_vmm::jail::{Policy, Seccomp};
 
 use super::value::{
-    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, Setting, Size, Time, Vcpus,
+    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, SeccompMode, Setting, Size,
+    Time, Vcpus,
 };
 
 /// From one table of keys: the types as written and as resolved, the defaults,
@@ -113,6 +114,7 @@ impl Jail {
         Policy {
             allow_missing: self.allow_missing.0.clone(),
             first_id: self.first_id.0,
+            seccomp: self.seccomp.0,
         }
     }
 }
@@ -174,12 +176,15 @@ schema! {
     /// How the process that is a machine is confined; SECURITY.md says what each layer defends.
     jail: Jail / WrittenJail {
         /// Layers without which a machine starts all the same on a host that lacks them, out of "ids",
-        /// "user-namespace", "pid", "root", "network", "ipc", "landlock". What is missing is logged at
-        /// level info; `supermachine check` tells what this host lacks.
+        /// "user-namespace", "pid", "root", "network", "ipc", "landlock", "seccomp". What is missing is
+        /// logged at level info; `supermachine check` tells what this host lacks.
         allow_missing: Layers = Layers::default();
         /// The process's user and group id is this plus its process id, so that no two are the same;
         /// 65536 to 4000000000. The default is above all ids that are commonly handed out.
         first_id: FirstId = FirstId(Policy::FIRST_ID);
+        /// What a system call does that a machine's process has no need of: "enforce" ends the process,
+        /// "log" tells the kernel's log (audit), "off" filters nothing. For finding a defect, not for use.
+        seccomp: SeccompMode = SeccompMode(Seccomp::Enforce);
     }
 
     /// How long to wait before giving up.

@@ -56,7 +56,7 @@ fn unknown_key_names_file_line_key_and_the_known_ones() {
 
 #[test]
 fn a_layer_that_does_not_exist_names_those_that_do() {
-    expect![[r#"/etc/supermachine/config.toml, line 2: jail.allow_missing is ["pid", "moat"]; expected an array of "ids", "user-namespace", "pid", "root", "network", "ipc", "landlock""#]].assert_eq(&error_of("[jail]\nallow_missing = [\"pid\", \"moat\"]\n"));
+    expect![[r#"/etc/supermachine/config.toml, line 2: jail.allow_missing is ["pid", "moat"]; expected an array of "ids", "user-namespace", "pid", "root", "network", "ipc", "landlock", "seccomp""#]].assert_eq(&error_of("[jail]\nallow_missing = [\"pid\", \"moat\"]\n"));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::de::{self, Deserialize, Deserializer};
-use supermachine_vmm::jail::{Layer, Policy};
+use supermachine_vmm::jail::{Layer, Policy, Seccomp};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -307,6 +307,22 @@ impl Setting for Layers {
     fn to_toml(&self) -> Option<String> {
         let names: Vec<_> = self.0.iter().map(|layer| quoted(layer.as_str())).collect();
         Some(format!("[{}]", names.join(", ")))
+    }
+}
+
+/// What is done about a forbidden system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeccompMode(pub Seccomp);
+
+from_text!(
+    SeccompMode,
+    "one of \"enforce\", \"log\", \"off\"",
+    |text| Seccomp::parse(text).map(SeccompMode)
+);
+
+impl Setting for SeccompMode {
+    fn to_toml(&self) -> Option<String> {
+        Some(quoted(self.0.as_str()))
     }
 }
 

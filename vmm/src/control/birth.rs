@@ -26,6 +26,7 @@ pub(super) fn spawn(config: &SpawnConfig, socket: UnixStream) -> Result<Child, C
         .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(socket)))
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        // For the last words of a process that can't say them over the socket.
+        .stderr(Stdio::piped());
     jail::spawn_apart(&mut command).map_err(failed)
 }

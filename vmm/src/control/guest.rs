@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use super::describe;
 use super::message::{
     Answer, BalloonStats, Body, Boot, Console, ErrorKind, ErrorMessage, Event, Exit, FileIndex,
     ToParent,
 };
 use super::outbox::Outbox;
 use super::server::News;
+use super::{CONTROL, describe};
 use crate::devices::virtio::balloon;
 use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
@@ -130,13 +130,15 @@ impl Guest {
             .and_then(Vm::start)
             .map_err(|error| refuse(kind(&error), describe(&error)))?;
         let (running, news) = (vm.clone(), self.news.clone());
-        threads::spawn("vm-end", move || {
+        threads::spawn("vm-end", &CONTROL, move || {
             let exit = running.wait();
             drop(running);
             tell(&news, exit.into());
         })
         .map_err(|error| refuse(ErrorKind::Resource, format!("Start a thread: {error}")))?;
         self.vm = Some(vm);
+        // All threads are there.
+        threads::narrow(&CONTROL);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ mod birth;
 mod client;
 mod frame;
 mod guest;
+mod last_words;
 mod log;
 mod message;
 mod outbox;
@@ -16,10 +17,42 @@ mod server;
 mod spec;
 mod supervisor;
 
+use crate::hypervisor::KICK;
+use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::sys::threads;
+
 pub use client::{ControlError, VmHandle};
 pub use message::{BalloonStats, ErrorKind, ErrorMessage, Event, Exit, LogLevel, VERSION};
 pub(crate) use server::{Start, give_up, serve};
 pub use spec::{BootSpec, ConsoleSpec, DiskSpec, SpawnConfig, VsockSpec};
+
+/// Threads that talk to the parent: frames and the files with them, the console's doors, the VM's
+/// end.
+pub(crate) const CONTROL: Filter = Filter {
+    name: "control",
+    tables: &[threads::EVERY, TALK],
+};
+
+/// What it takes to talk.
+pub(crate) const TALK: &[Rule] = &[
+    allow(libc::SYS_recvmsg),
+    allow(libc::SYS_sendmsg),
+    allow(libc::SYS_recvfrom),
+    allow(libc::SYS_sendto),
+    allow_if(
+        libc::SYS_fcntl,
+        &[
+            When::Is(1, libc::F_SETFD as u32),
+            When::Is(1, libc::F_GETFL as u32),
+            When::Is(1, libc::F_SETFL as u32),
+            When::Is(1, libc::F_DUPFD_CLOEXEC as u32),
+        ],
+    ),
+    // Brings vCPUs out of the guest.
+    allow_if(libc::SYS_tgkill, &[When::Is(2, KICK as u32)]),
+    // The end of what a VM was made of.
+    allow(libc::SYS_epoll_ctl),
+];
 
 /// `argv[0]` of a VMM process.
 pub(crate) const ARG0: &str = "supermachine-vmm";

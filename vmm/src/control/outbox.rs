@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::time::Duration;
 
+use super::CONTROL;
 use super::frame::{self, FROM_CHILD, FrameError};
 use super::log;
 use super::message::{Event, Exit, ToParent};
@@ -30,7 +31,7 @@ pub(super) struct Outbox(SyncSender<Parcel>);
 impl Outbox {
     pub(super) fn start(socket: UnixStream) -> io::Result<Self> {
         let (sender, parcels) = mpsc::sync_channel(WAITING);
-        threads::spawn("control-write", move || write(&socket, &parcels))?;
+        threads::spawn("control-write", &CONTROL, move || write(&socket, &parcels))?;
         Ok(Self(sender))
     }
 

@@ -7,12 +7,12 @@ use std::panic;
 use std::process::{self, ExitCode};
 use std::sync::mpsc::{self, Sender};
 
-use super::describe;
 use super::frame::{self, FROM_CHILD, FROM_PARENT};
 use super::guest::{Done, Guest, Work};
 use super::log::ControlLog;
 use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
 use super::outbox::Outbox;
+use super::{CONTROL, describe};
 use crate::hypervisor::{Host, HypervisorError};
 use crate::jail::Missing;
 use crate::sys::threads;
@@ -54,7 +54,9 @@ fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Res
 
     let (news, inbox) = mpsc::channel();
     let (speaker, requests) = (outbox.clone(), news.clone());
-    threads::spawn("control-read", move || read(&socket, &speaker, &requests))?;
+    threads::spawn("control-read", &CONTROL, move || {
+        read(&socket, &speaker, &requests)
+    })?;
 
     let slow = answer_slowly(outbox.clone())?;
     let mut guest = Guest::new(outbox.clone(), news, start.hypervisor);
@@ -88,7 +90,7 @@ pub(super) enum News {
 /// Answers what waits for the guest's drivers, in order, while other requests go on.
 fn answer_slowly(outbox: Outbox) -> std::io::Result<Sender<(u64, Work)>> {
     let (sender, work) = mpsc::channel::<(u64, Work)>();
-    threads::spawn("control-slow", move || {
+    threads::spawn("control-slow", &CONTROL, move || {
         for (id, work) in work {
             let result = work();
             outbox.send(ToParent::Reply { id, result });

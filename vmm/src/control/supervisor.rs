@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus};
+use std::process::{Child, ChildStderr, ExitStatus};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,8 +19,8 @@ use super::frame::{self, FROM_CHILD, FROM_PARENT, FrameError};
 use super::log::{self, Budget};
 use super::message::{Answer, Body, ErrorMessage, Event, Exit, Request, ToParent, VERSION};
 use super::spec::SpawnConfig;
-use super::{birth, describe};
-use crate::jail::Missing;
+use super::{birth, describe, last_words};
+use crate::jail::{Missing, SECCOMP_EXIT_STATUS};
 
 /// From execution to greeting, and the most that one write to the child may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -164,6 +164,9 @@ fn kill_and_wait(child: &mut Child) -> ExitStatus {
 fn exit_of(status: ExitStatus) -> Exit {
     match (status.signal(), status.code()) {
         (Some(signal), _) => Exit::Killed { signal },
+        (None, Some(SECCOMP_EXIT_STATUS)) => {
+            Exit::Fault("The VMM process made a forbidden system call".to_owned())
+        }
         (None, code) => Exit::Vanished {
             status: code.unwrap_or_default(),
         },
@@ -182,19 +185,25 @@ pub(super) fn supervise(
     started: &SyncSender<Result<Arc<Shared>, ControlError>>,
 ) {
     // The receiver waits for exactly this message.
-    let (shared, socket) = match start(config) {
-        Ok((shared, socket)) => {
+    let (shared, socket, stderr) = match start(config) {
+        Ok((shared, socket, stderr)) => {
             let _ = started.send(Ok(Arc::clone(&shared)));
-            (shared, socket)
+            (shared, socket, stderr)
         }
         Err(error) => {
             let _ = started.send(Err(error));
             return;
         }
     };
-    let last_words = Listener::new(&shared, on_event).listen(&socket);
+    let told = Listener::new(&shared, on_event).listen(&socket);
     let status = shared.reap();
-    let exit = last_words.unwrap_or_else(|| exit_of(status));
+    let said = stderr.map(last_words::read).unwrap_or_default();
+    if !said.is_empty() {
+        tracing::warn!(vm = config.name, said, "last words of the VMM process");
+    }
+    let exit = told
+        .or_else(|| last_words::forbidden(status, &said).map(Exit::Fault))
+        .unwrap_or_else(|| exit_of(status));
     {
         let mut state = shared.state();
         state.exit = Some(exit.clone());
@@ -205,16 +214,26 @@ pub(super) fn supervise(
 }
 
 /// Starts the child and waits for its greeting.
-fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream), ControlError> {
+fn start(
+    config: &SpawnConfig,
+) -> Result<(Arc<Shared>, UnixStream, Option<ChildStderr>), ControlError> {
     let (ours, theirs) = UnixStream::pair().map_err(ControlError::Socket)?;
     ours.set_write_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
     let mut child = birth::spawn(config, theirs)?;
+    let stderr = child.stderr.take();
     let missing = match admit(config, &ours, child.id()) {
         Ok(missing) => missing,
         Err(error) => {
-            kill_and_wait(&mut child);
-            return Err(error);
+            let status = kill_and_wait(&mut child);
+            let said = stderr.map(last_words::read).unwrap_or_default();
+            return Err(match last_words::forbidden(status, &said) {
+                Some(found) => ControlError::Greeting {
+                    exe: config.exe.clone(),
+                    found,
+                },
+                None => error,
+            });
         }
     };
     let writer = match ours.try_clone() {
@@ -232,7 +251,7 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream), ControlError
         state: Mutex::default(),
         ended: Condvar::new(),
     };
-    Ok((Arc::new(shared), ours))
+    Ok((Arc::new(shared), ours, stderr))
 }
 
 /// What a child must pass before it counts as started. Answers what it lacks.

@@ -18,6 +18,9 @@ use serde::de::DeserializeOwned;
 use crate::arch::VcpuSetup;
 use crate::sys::doorbell::Doorbell;
 
+/// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
+pub(crate) const KICK: i32 = 40;
+
 /// The hypervisor of the target this crate is built for.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub type Host = kvm::Kvm;

@@ -18,7 +18,9 @@ use rustix::process::{
 };
 use rustix::thread::set_no_new_privs;
 
-use super::{JailError, Layer, Missing, Policy, Refused, ids, landlock, root, step};
+use super::{
+    Filter, JailError, Layer, Missing, Policy, Refused, ids, landlock, root, seccomp, step,
+};
 
 /// Descriptors a VM may hold: its disks, ports and guest memory, and two per vsock connection.
 const MAX_FILES: u64 = 4096;
@@ -46,12 +48,13 @@ pub fn close_inherited() -> Result<(), JailError> {
 }
 
 /// Confines the calling process, and tells which layers the host lacks. Legal only while it has one
-/// thread, because credentials are a thread's. Open files stay open.
+/// thread, because credentials are a thread's. Open files stay open. `filter` has the system calls
+/// that any thread of the process will need.
 ///
 /// # Errors
 /// The host lacks a layer that `policy` asks for, or refuses what any host allows. The process must
 /// end then: it is half confined.
-pub fn enter(policy: &Policy) -> Result<Vec<Missing>, JailError> {
+pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
     forbid_privileges_and_dumps().map_err(JailError::Step)?;
     let mut walls = Walls {
         policy,
@@ -83,6 +86,7 @@ pub fn enter(policy: &Policy) -> Result<Vec<Missing>, JailError> {
     // After the credentials: a change of them resets both (prctl(2)).
     follow_the_parent().map_err(JailError::Step)?;
     walls.raise(Layer::Landlock, landlock::forbid_all())?;
+    walls.raise(Layer::Seccomp, seccomp::begin(policy.seccomp, filter))?;
     Ok(walls.missing)
 }
 

@@ -6,7 +6,8 @@
 //!
 //! Nothing here knows of VMs, so that any program can confine a child of its own: it calls
 //! [`close_inherited`] first of all, opens what it needs, and calls [`enter`] before it starts a
-//! thread or reads a byte it doesn't trust.
+//! thread or reads a byte it doesn't trust. Each of its threads may then narrow what it may call by
+//! a [`Filter`] of its own.
 
 #[cfg(target_os = "linux")]
 mod ids;
@@ -16,6 +17,8 @@ mod landlock;
 mod linux;
 #[cfg(target_os = "linux")]
 mod root;
+#[cfg(target_os = "linux")]
+mod seccomp;
 
 use std::fmt;
 use std::io;
@@ -24,6 +27,11 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(target_os = "linux")]
 pub use linux::{close_inherited, enter, spawn_apart};
+#[cfg(target_os = "linux")]
+pub use seccomp::{
+    EXIT_STATUS as SECCOMP_EXIT_STATUS, Filter, REPORT as SECCOMP_REPORT, Rule, Seccomp, When,
+    allow, allow_if,
+};
 
 /// One wall around the process. What needs no help of the host (no new privileges, no
 /// capabilities, no core dumps, limits) isn't listed: it holds everywhere.
@@ -44,11 +52,13 @@ pub enum Layer {
     Ipc,
     /// Landlock: no file, no TCP port, no abstract socket, whatever else is reachable.
     Landlock,
+    /// Seccomp: only the system calls that each kind of thread needs.
+    Seccomp,
 }
 
 impl Layer {
     /// All of them, from the outermost.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Ids,
         Self::UserNamespace,
         Self::Pid,
@@ -56,6 +66,7 @@ impl Layer {
         Self::Network,
         Self::Ipc,
         Self::Landlock,
+        Self::Seccomp,
     ];
 
     /// Its name in configurations and messages.
@@ -68,6 +79,7 @@ impl Layer {
             Self::Network => "network",
             Self::Ipc => "ipc",
             Self::Landlock => "landlock",
+            Self::Seccomp => "seccomp",
         }
     }
 
@@ -92,6 +104,9 @@ pub struct Policy {
     /// The process's user and group id is this plus its process id on the host: no two that run
     /// have the same.
     pub first_id: u32,
+    /// What a forbidden system call does.
+    #[serde(default)]
+    pub seccomp: Seccomp,
 }
 
 impl Policy {
@@ -111,6 +126,7 @@ impl Default for Policy {
         Self {
             allow_missing: vec![Layer::UserNamespace, Layer::Landlock],
             first_id: Self::FIRST_ID,
+            seccomp: Seccomp::default(),
         }
     }
 }

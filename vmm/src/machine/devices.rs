@@ -8,14 +8,15 @@ use crate::arch::current::{MIN_MEMORY, layout};
 use crate::config::VmConfig;
 use crate::devices::bus::Bus;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
-use crate::devices::virtio::block::{Block, BlockConfig, FileBackend};
+use crate::devices::virtio::block::{Block, BlockConfig, DISK, FileBackend};
 use crate::devices::virtio::console::{self, Console};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport};
 use crate::devices::virtio::vsock::Vsock;
-use crate::devices::virtio::{FaultObserver, VirtioDevice};
+use crate::devices::virtio::{DEVICES, FaultObserver, VirtioDevice};
 use crate::error::Error;
 use crate::hypervisor::{Binding, IrqLine, VmBackend};
+use crate::jail::Filter;
 use crate::memory::GuestMemory;
 use crate::sys::reactor::{Reactor, ReactorHandle};
 
@@ -35,7 +36,7 @@ impl DeviceSet {
         memory: GuestMemory,
         observer: Option<Arc<FaultObserver>>,
     ) -> Result<Self, Error> {
-        let shared = reactor("devices")?;
+        let shared = reactor("devices", &DEVICES)?;
         let observer = observer.unwrap_or_else(|| Arc::new(|_, _| ()));
         Ok(Self {
             memory,
@@ -93,7 +94,7 @@ impl DeviceSet {
 
     /// Adds a device whose backend may block: it gets a thread of its own.
     fn add_blocking(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        let own = reactor(device.id())?;
+        let own = reactor(device.id(), &DISK)?;
         self.devices.push((device, own.handle()));
         self.own.push(own);
         Ok(())
@@ -165,8 +166,8 @@ where
     }
 }
 
-fn reactor(name: &str) -> Result<Reactor, Error> {
-    Reactor::new(name).map_err(|source| Error::Thread {
+fn reactor(name: &str, filter: &'static Filter) -> Result<Reactor, Error> {
+    Reactor::new(name, filter).map_err(|source| Error::Thread {
         name: name.into(),
         source,
     })

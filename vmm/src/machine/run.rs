@@ -91,7 +91,8 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         };
         let buses = Arc::clone(&parts.buses);
         let name = format!("vcpu{index}");
-        let spawned = threads::spawn(name.clone(), move || thread.run(seed, &setup, &buses));
+        let spawned =
+            threads::builder(name.clone()).spawn(move || thread.run(seed, &setup, &buses));
         match spawned {
             Ok(handle) => {
                 threads.push(handle);
@@ -156,6 +157,8 @@ impl Thread {
                 return;
             }
         };
+        // Its state is set; all that is left is to run.
+        threads::narrow(&vcpu::VCPU);
         let _ = self.report.send(Ok(()));
         out.exit = match self.go.recv() {
             Ok(()) => None,

@@ -16,10 +16,40 @@ use std::io;
 
 pub use interrupt::{FaultObserver, Faults, Interrupt};
 
+use crate::jail::{Filter, Rule, When, allow, allow_if};
 use crate::memory::GuestMemory;
 use crate::sys::doorbell::Doorbell;
-use crate::sys::reactor::ReactorHandle;
+use crate::sys::reactor::{self, ReactorHandle};
+use crate::sys::threads;
 use queue::{RingFault, Virtqueue};
+
+/// The thread of devices that never block: streams, the vsock's listener and sockets, entropy.
+pub(crate) const DEVICES: Filter = Filter {
+    name: "device",
+    tables: &[threads::EVERY, reactor::WAITING, STREAMS],
+};
+
+/// What streams and sockets take.
+pub(crate) const STREAMS: &[Rule] = &[
+    allow(libc::SYS_readv),
+    allow(libc::SYS_writev),
+    allow(libc::SYS_recvfrom),
+    allow(libc::SYS_sendto),
+    // Of the vsock's listener, the only socket that listens.
+    allow(libc::SYS_accept4),
+    allow(libc::SYS_shutdown),
+    allow(libc::SYS_poll),
+    allow(libc::SYS_ppoll),
+    // Blocking or not.
+    allow_if(libc::SYS_ioctl, &[When::Is(1, libc::FIONBIO as u32)]),
+    allow_if(
+        libc::SYS_fcntl,
+        &[
+            When::Is(1, libc::F_GETFL as u32),
+            When::Is(1, libc::F_SETFL as u32),
+        ],
+    ),
+];
 
 /// `VIRTIO_F_INDIRECT_DESC` (virtio 1.2, 6): offered by the transport for every device.
 pub const F_RING_INDIRECT_DESC: u64 = 1 << 28;

@@ -10,7 +10,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::x86_64::{self, VcpuState};
 use crate::arch::VcpuSetup;
-use crate::hypervisor::{Fault, HypervisorError, Kicker, Vcpu, VcpuExit, VcpuSeed};
+use crate::hypervisor::{Fault, HypervisorError, KICK, Kicker, Vcpu, VcpuExit, VcpuSeed};
 
 /// A vCPU that has not been bound.
 #[derive(Debug)]
@@ -231,7 +231,7 @@ impl Kicker for KvmKicker {
         unsafe { immediate_exit(run) }.store(1, Ordering::SeqCst);
         if let Some(thread) = target.thread {
             // SAFETY: the thread lives: its vCPU is dropped on it, and that removes it from here.
-            unsafe { libc::pthread_kill(thread, kick_signal()) };
+            unsafe { libc::pthread_kill(thread, KICK) };
         }
     }
 }
@@ -243,10 +243,6 @@ impl Kicker for KvmKicker {
 unsafe fn immediate_exit<'a>(run: *mut kvm_run) -> &'a AtomicU8 {
     // SAFETY: the caller keeps the page mapped, and every access to the byte is atomic.
     unsafe { AtomicU8::from_ptr(&raw mut (*run).immediate_exit) }
-}
-
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
 }
 
 extern "C" fn on_kick(_: libc::c_int) {}
@@ -262,11 +258,11 @@ fn install_handler() -> Result<(), HypervisorError> {
             action.sa_sigaction = on_kick as *const () as libc::sighandler_t;
             libc::sigemptyset(&raw mut action.sa_mask);
             // Cannot fail: the signal exists and may be caught.
-            libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut());
+            libc::sigaction(KICK, &raw const action, std::ptr::null_mut());
         });
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, kick_signal());
+        libc::sigaddset(&raw mut set, KICK);
         let result = libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
         if result != 0 {
             let source = std::io::Error::from_raw_os_error(result);

@@ -20,6 +20,7 @@ use std::time::Instant;
 use polling::Poller;
 
 use super::threads;
+use crate::jail::{Filter, Rule, When, allow, allow_if};
 
 #[cfg(any(test, feature = "testing"))]
 pub use manual::ManualReactor;
@@ -91,6 +92,20 @@ pub trait Worker: Send + 'static {
 #[error("The worker is no longer running")]
 pub struct Stopped;
 
+/// What it takes to wait for events; a filter of a reactor's thread holds it.
+pub(crate) const WAITING: &[Rule] = &[
+    allow(libc::SYS_epoll_ctl),
+    allow(libc::SYS_epoll_wait),
+    allow(libc::SYS_epoll_pwait),
+    allow(libc::SYS_epoll_pwait2),
+    allow(libc::SYS_timerfd_settime),
+    // The reactor's own copy of a source.
+    allow_if(
+        libc::SYS_fcntl,
+        &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
+    ),
+];
+
 /// Owns the thread. Dropping it stops every worker and joins.
 #[derive(Debug)]
 pub struct Reactor {
@@ -99,15 +114,15 @@ pub struct Reactor {
 }
 
 impl Reactor {
-    /// Starts a reactor thread called `name`.
-    pub fn new(name: &str) -> io::Result<Self> {
+    /// Starts a reactor thread called `name`, which makes the system calls of `filter` alone.
+    pub fn new(name: &str, filter: &'static Filter) -> io::Result<Self> {
         let mut core = Core::new()?;
         let inbox = Arc::new(Inbox {
             poller: Arc::clone(&core.poller),
             state: Mutex::new(InboxState::default()),
         });
         let inner = Arc::clone(&inbox);
-        let thread = threads::spawn(name, move || {
+        let thread = threads::spawn(name, filter, move || {
             // Dropped last, also when a worker panics: nobody may wait for a thread that ended.
             let closing = Closing(inner);
             closing.0.lock().thread = Some(thread::current().id());

@@ -42,7 +42,7 @@ fn probe() -> (Probe, Doorbell, mpsc::Receiver<(usize, Readiness)>) {
 
 #[test]
 fn a_rung_bell_reaches_its_worker() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (worker, bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     for _ in 0..3 {
@@ -58,7 +58,7 @@ fn a_rung_bell_reaches_its_worker() {
 
 #[test]
 fn stop_returns_the_worker_and_silences_it() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (worker, bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     let worker = running.stop().unwrap();
@@ -75,7 +75,7 @@ fn stop_returns_the_worker_and_silences_it() {
 
 #[test]
 fn a_timer_fires_once_and_can_be_cancelled_or_moved() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (worker, _bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     let begin = Instant::now();
@@ -115,14 +115,14 @@ fn a_failed_start_is_returned_and_leaves_nothing() {
         }
         fn ready(&mut self, _: &mut Control<'_>, _: usize, _: Readiness) {}
     }
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let error = reactor.handle().spawn(Failing).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
 }
 
 #[test]
 fn a_stopped_reactor_turns_callers_away() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (worker, _bell, _events) = probe();
     let handle = reactor.handle();
     let running = handle.spawn(worker).unwrap();
@@ -138,7 +138,7 @@ fn a_stopped_reactor_turns_callers_away() {
 
 #[test]
 fn a_worker_that_panics_releases_its_callers() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (worker, ..) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     assert_eq!(
@@ -150,7 +150,7 @@ fn a_worker_that_panics_releases_its_callers() {
 
 #[test]
 fn a_call_from_the_reactor_itself_is_refused() {
-    let reactor = Reactor::new("test").unwrap();
+    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
     let (first, ..) = probe();
     let (second, ..) = probe();
     let first = reactor.handle().spawn(first).unwrap();

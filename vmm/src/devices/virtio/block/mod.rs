@@ -17,9 +17,27 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
+use crate::jail::{Filter, Rule, allow};
+use crate::sys::{reactor, threads};
+
 pub use device::Block;
 pub use file::FileBackend;
 pub use metrics::Metrics;
+
+/// The thread of a disk: reads and writes at offsets, and nothing with a name or an address.
+pub(crate) const DISK: Filter = Filter {
+    name: "disk",
+    tables: &[threads::EVERY, reactor::WAITING, FILE],
+};
+
+/// What a file takes.
+pub(crate) const FILE: &[Rule] = &[
+    allow(libc::SYS_preadv),
+    allow(libc::SYS_pwritev),
+    allow(libc::SYS_pwrite64),
+    allow(libc::SYS_fdatasync),
+    allow(libc::SYS_fallocate),
+];
 
 /// Where a disk's bytes are. Positions and lengths are checked against [`Backend::size`] before.
 pub trait Backend: fmt::Debug + Send {

@@ -98,7 +98,7 @@ impl Fixture {
         let log = Log::default();
         let edges = Arc::new(AtomicUsize::new(0));
         let faults = Arc::new(Mutex::new(Vec::new()));
-        let reactor = Reactor::new("test").unwrap();
+        let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
         let (counter, list) = (Arc::clone(&edges), Arc::clone(&faults));
         let parts = MmioParts {
             memory: GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap(),

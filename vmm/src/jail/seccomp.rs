@@ -1,0 +1,233 @@
+//! Seccomp: which system calls a thread may make, declared beside the code that makes them.
+//!
+//! A process gets one [`Filter`] with all that any of its threads needs, and each thread a narrower
+//! one on top when it starts; the kernel asks all of them. What none allows ends the process, after
+//! a line on standard error that says which call it was.
+
+#![allow(
+    unsafe_code,
+    reason = "a signal handler, and the system call numbers it is told"
+)]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{Refused, step};
+
+/// What is done about a forbidden system call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// It ends the process.
+    #[default]
+    Enforce,
+    /// The kernel logs it and lets it happen.
+    Log,
+    /// Nothing is filtered.
+    Off,
+}
+
+impl Seccomp {
+    const ALL: [Self; 3] = [Self::Enforce, Self::Log, Self::Off];
+
+    /// Its name in configurations.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Log => "log",
+            Self::Off => "off",
+        }
+    }
+
+    /// The mode of this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == name)
+    }
+}
+
+/// What the filters of this process do; `Off` until it is confined.
+static MODE: AtomicU8 = AtomicU8::new(Seccomp::Off as u8);
+
+/// One system call that may be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Rule {
+    call: libc::c_long,
+    /// One of them must hold, if there are any.
+    when: &'static [When],
+}
+
+/// A condition on an argument, of which the kernel compares 32 bits.
+#[derive(Debug, Clone, Copy)]
+pub enum When {
+    /// The argument of this place is this value.
+    Is(u8, u32),
+    /// The argument of this place, under a mask, is this value.
+    Masked(u8, u32, u32),
+}
+
+/// A call that is always allowed.
+pub const fn allow(call: libc::c_long) -> Rule {
+    Rule { call, when: &[] }
+}
+
+/// A call that is allowed on one of these conditions.
+pub const fn allow_if(call: libc::c_long, when: &'static [When]) -> Rule {
+    Rule { call, when }
+}
+
+/// What threads of one kind may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Filter {
+    /// The kind of thread.
+    pub name: &'static str,
+    /// The tables that together are allowed.
+    pub tables: &'static [&'static [Rule]],
+}
+
+/// The status of a process that made a forbidden call: as a shell has it for SIGSYS.
+pub const EXIT_STATUS: i32 = 128 + libc::SIGSYS;
+
+/// How the line on standard error begins; a number and the thread's kind follow.
+pub const REPORT: &str = "seccomp: ";
+
+impl Filter {
+    /// Filters this thread's calls, and those of threads it starts, from here on. Does nothing in a
+    /// process that is not confined, or whose policy says so.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp, or refuses the filter.
+    pub fn install(&self) -> io::Result<()> {
+        let action = match mode() {
+            Seccomp::Off => return Ok(()),
+            Seccomp::Enforce => SeccompAction::Trap,
+            Seccomp::Log => SeccompAction::Log,
+        };
+        KIND.set(self.name);
+        apply(&self.compile(action).map_err(io::Error::other)?)
+    }
+
+    fn compile(&self, otherwise: SeccompAction) -> Result<BpfProgram, seccompiler::BackendError> {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+        let mut always = Vec::new();
+        for rule in self.tables.iter().copied().flatten() {
+            let alternatives = rules.entry(rule.call).or_default();
+            if rule.when.is_empty() {
+                always.push(rule.call);
+            }
+            for when in rule.when {
+                alternatives.push(SeccompRule::new(vec![when.condition()?])?);
+            }
+        }
+        // An unconditional rule of one table outweighs conditions of another.
+        for call in always {
+            rules.insert(call, Vec::new());
+        }
+        let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+        SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?.try_into()
+    }
+}
+
+impl When {
+    fn condition(self) -> Result<SeccompCondition, seccompiler::BackendError> {
+        let (place, operator, value) = match self {
+            Self::Is(place, value) => (place, SeccompCmpOp::Eq, value),
+            Self::Masked(place, mask, value) => {
+                (place, SeccompCmpOp::MaskedEq(u64::from(mask)), value)
+            }
+        };
+        SeccompCondition::new(place, SeccompCmpArgLen::Dword, operator, u64::from(value))
+    }
+}
+
+/// Begins to filter the process, with all that its threads will ever need.
+pub(super) fn begin(mode: Seccomp, filter: &Filter) -> Result<(), Refused> {
+    if mode == Seccomp::Off {
+        return Ok(());
+    }
+    handle_violations().map_err(step("install the handler of SIGSYS"))?;
+    MODE.store(mode as u8, Ordering::Relaxed);
+    let installed = no_clone3().and_then(|()| filter.install());
+    if installed.is_err() {
+        MODE.store(Seccomp::Off as u8, Ordering::Relaxed);
+    }
+    installed.map_err(step("seccomp"))
+}
+
+fn mode() -> Seccomp {
+    let mode = MODE.load(Ordering::Relaxed);
+    Seccomp::ALL
+        .into_iter()
+        .find(|known| *known as u8 == mode)
+        .unwrap_or(Seccomp::Off)
+}
+
+fn apply(program: &BpfProgram) -> io::Result<()> {
+    seccompiler::apply_filter(program).map_err(io::Error::other)
+}
+
+/// No filter can look into the arguments of clone3, so there is none: the C library then takes
+/// clone, whose flags are in a register.
+fn no_clone3() -> io::Result<()> {
+    let absent = SeccompAction::Errno(libc::ENOSYS as u32);
+    let program = TargetArch::try_from(std::env::consts::ARCH)
+        .and_then(|arch| {
+            let rules = [(libc::SYS_clone3, Vec::new())].into();
+            SeccompFilter::new(rules, SeccompAction::Allow, absent, arch)
+        })
+        .and_then(BpfProgram::try_from);
+    apply(&program.map_err(io::Error::other)?)
+}
+
+thread_local! {
+    /// The kind of this thread, for the handler.
+    static KIND: Cell<&'static str> = const { Cell::new("unknown") };
+}
+
+/// What the kernel tells of a forbidden call (sigaction(2), `_sigsys`).
+#[repr(C)]
+struct Violation {
+    signal: [libc::c_int; 4],
+    address: *const libc::c_void,
+    call: libc::c_int,
+    arch: libc::c_uint,
+}
+
+fn handle_violations() -> io::Result<()> {
+    // SAFETY: the structure is initialised, and the handler makes nothing but system calls.
+    let done = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let handler: extern "C" fn(libc::c_int, *const Violation, *const libc::c_void) = report;
+        action.sa_sigaction = handler as *const () as libc::sighandler_t;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut())
+    };
+    if done == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// Says what was forbidden, and ends the process.
+extern "C" fn report(_: libc::c_int, violation: *const Violation, _: *const libc::c_void) {
+    // SAFETY: the kernel hands the handler of SIGSYS this structure.
+    let call = unsafe { (*violation).call };
+    let mut line = [0; 64];
+    let mut text = io::Cursor::new(&mut line[..]);
+    // Formatting a number allocates nothing; what doesn't fit is left out.
+    let _ = io::Write::write_fmt(&mut text, format_args!("{REPORT}{call} {}\n", KIND.get()));
+    let length = usize::try_from(text.position()).unwrap_or(0);
+    // SAFETY: as many bytes as were written to the buffer. Then nothing runs any more.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), length);
+        libc::_exit(EXIT_STATUS);
+    }
+}
