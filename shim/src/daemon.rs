@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use supermachine_runtime::config::{self, Level, Resolved};
 use supermachine_runtime::sandbox::Sandbox;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +34,7 @@ const FLUSH: Duration = Duration::from_secs(10);
 /// # Errors
 /// Stdin is not the socket that `start` made, or the configuration is wrong.
 pub(crate) fn run(args: Args) -> Result<(), BoxError> {
+    forbid_dumps()?;
     let listener = inherited_socket()?;
     let mut config = config::load(None)?;
     if args.debug {
@@ -52,6 +54,17 @@ pub(crate) fn run(args: Args) -> Result<(), BoxError> {
     }
     let _ = std::fs::remove_file(socket_of(&args));
     result
+}
+
+/// What containers are told (environments, say) passes through this process's memory, which must not
+/// become a file when it dies.
+fn forbid_dumps() -> io::Result<()> {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Core, none)?;
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// Stdin, which `start` made the listening socket; then stdin is /dev/null.

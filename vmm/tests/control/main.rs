@@ -7,6 +7,7 @@
 
 mod bare_metal;
 mod confinement;
+mod denied;
 mod ends;
 mod hostile;
 mod support;
@@ -16,6 +17,9 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
+    if let Some(code) = denied::child() {
+        return code;
+    }
     if let Some(code) = hostile::child() {
         return code;
     }
@@ -29,6 +33,7 @@ fn main() -> ExitCode {
     let tests: Vec<Trial> = [
         hostile::tests(),
         confinement::tests(),
+        denied::tests(),
         ends::tests(),
         bare_metal::tests(),
     ]

@@ -14,6 +14,7 @@
 #![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test program")]
 
 mod bad;
+mod confinement;
 mod driven;
 mod exec;
 mod input;
@@ -92,6 +93,7 @@ fn run(options: Options) -> Result<ExitCode> {
         spec::tests,
         driven::tests,
         kernels::tests,
+        confinement::tests,
         bad::tests,
     ];
     if arguments.list {
