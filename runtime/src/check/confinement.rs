@@ -1,7 +1,7 @@
 //! The walls around a machine's process: one is started and says which it lacks.
 
 use supermachine_vmm::control::{SpawnConfig, VmHandle};
-use supermachine_vmm::jail::{Layer, Missing, Policy};
+use supermachine_vmm::jail::{Layer, Missing, Policy, Seccomp};
 
 use super::Line;
 use super::host::chain;
@@ -17,7 +17,21 @@ pub(super) fn lines(config: &Resolved) -> Vec<Line> {
         ..SpawnConfig::new("check")
     };
     match VmHandle::spawn(spawn, Box::new(|_| {})) {
-        Ok(process) => judge(process.missing_layers(), &config.jail.allow_missing.0),
+        Ok(process) => {
+            let mut lines = judge(process.missing_layers(), &config.jail.allow_missing.0);
+            if config.jail.seccomp.0 != Seccomp::Enforce {
+                lines.retain(|line| line.name != name(Layer::Seccomp));
+                lines.push(Line::warn(
+                    name(Layer::Seccomp),
+                    format!(
+                        "not enforced: [jail] seccomp is \"{}\"",
+                        config.jail.seccomp.0.as_str()
+                    ),
+                    "set it to \"enforce\" to end a process that makes a forbidden system call",
+                ));
+            }
+            lines
+        }
         Err(error) => vec![Line::fail(
             "jail",
             format!("a machine's process does not start: {}", chain(&error)),

@@ -183,8 +183,8 @@ schema! {
         /// 65536 to 4000000000. The default is above all ids that are commonly handed out.
         first_id: FirstId = FirstId(Policy::FIRST_ID);
         /// What a system call does that a machine's process has no need of: "enforce" ends the process,
-        /// "log" tells the kernel's log (audit), "off" filters nothing. For finding a defect, not for use.
-        seccomp: SeccompMode = SeccompMode(Seccomp::Enforce);
+        /// "log" tells the kernel's log (audit) and lets it happen, "off" filters nothing.
+        seccomp: SeccompMode = SeccompMode(Seccomp::Log);
     }
 
     /// How long to wait before giving up.
