@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::arch::{KernelError, LoadError};
 use crate::devices::bus::BadWindow;
@@ -92,4 +93,20 @@ impl From<LoadError> for Error {
             error => Self::Load(error),
         }
     }
+}
+
+/// Why a VM did not pause.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// There is nothing left to pause.
+    #[error("The VM has ended")]
+    Ended,
+    /// vCPUs stayed in the guest or in a device.
+    #[error("{inside} vCPUs did not come out of the guest within {limit:?}")]
+    Busy {
+        /// How many.
+        inside: usize,
+        /// How long they had.
+        limit: Duration,
+    },
 }

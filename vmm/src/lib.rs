@@ -36,6 +36,6 @@ pub mod testing;
 mod vcpu;
 
 pub use config::{DiskConfig, VmConfig};
-pub use error::Error;
+pub use error::{Error, PauseError};
 pub use exit::Exit;
 pub use machine::{RunningVm, Vm};

@@ -8,10 +8,11 @@ mod tests;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::VmConfig;
 use crate::devices::virtio::{balloon, console};
-use crate::error::Error;
+use crate::error::{Error, PauseError};
 use crate::exit::Exit;
 use crate::hypervisor::{Host, Hypervisor, HypervisorError};
 use assembly::Assembly;
@@ -70,6 +71,22 @@ impl RunningVm {
     /// The balloon, if it has one.
     pub fn balloon(&self) -> Option<balloon::Handle> {
         self.running.handles.balloon.clone()
+    }
+
+    /// Stops all vCPUs outside of the guest, with nothing of their last exits left to be completed,
+    /// and returns when they have stopped; a VM that is paused already stays so. Devices go on, as
+    /// far as the guest has left them work: what the host sends waits in their queues and then in
+    /// front of them.
+    ///
+    /// # Errors
+    /// [`PauseError::Busy`] when a vCPU has not come out within `limit`: then all go on.
+    pub fn pause(&self, limit: Duration) -> Result<(), PauseError> {
+        self.running.pause(limit)
+    }
+
+    /// Lets the vCPUs of a paused VM go on, and tells the guest's watchdogs.
+    pub fn resume(&self) {
+        self.running.resume();
     }
 
     /// Waits until the VM has ended: all vCPUs and devices have stopped.

@@ -1,7 +1,6 @@
 //! The one run loop.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::devices::bus::Bus;
 use crate::exit::Exit;
@@ -43,10 +42,20 @@ pub(crate) struct Buses {
     pub(crate) pio: Bus,
 }
 
-/// Runs the vCPU until the VM ends; answers how. `stop` is looked at before each entry: who sets it
-/// also kicks.
-pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, stop: &AtomicBool) -> Exit {
-    while !stop.load(Ordering::SeqCst) {
+/// What keeps vCPUs out of the guest. Whoever shuts it also kicks.
+pub(crate) trait Gate {
+    /// Whether the VM is over. Looked at before each entry.
+    fn is_closed(&self) -> bool;
+
+    /// Waits out a pause; answers whether there was one. Asked after a kick, when nothing of an
+    /// earlier exit is left to be completed: the vCPU's state is whole.
+    fn rest(&self) -> bool;
+}
+
+/// Runs the vCPU until the VM ends; answers how.
+pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, gate: &impl Gate) -> Exit {
+    while !gate.is_closed() {
+        let mut kicked = false;
         let flow = match vcpu.run() {
             VcpuExit::MmioRead { address, data } => {
                 buses.mmio.read(address, data);
@@ -65,11 +74,17 @@ pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, stop: &AtomicBool) -> Ex
             VcpuExit::SystemOff => ControlFlow::Break(Exit::PowerOff),
             VcpuExit::SystemReset => ControlFlow::Break(Exit::Reset),
             VcpuExit::Shutdown => ControlFlow::Break(Exit::TripleFault),
-            VcpuExit::Kicked => ControlFlow::Continue(()),
+            VcpuExit::Kicked => {
+                kicked = true;
+                ControlFlow::Continue(())
+            }
             VcpuExit::Fault(fault) => ControlFlow::Break(Exit::Fault(fault.to_string())),
         };
         if let ControlFlow::Break(exit) = flow {
             return exit;
+        }
+        if kicked && gate.rest() {
+            vcpu.resumed();
         }
     }
     Exit::Stopped
@@ -100,6 +115,19 @@ mod tests {
         }
     }
 
+    /// Open, or closed.
+    struct Open(bool);
+
+    impl Gate for Open {
+        fn is_closed(&self) -> bool {
+            !self.0
+        }
+
+        fn rest(&self) -> bool {
+            false
+        }
+    }
+
     fn run_steps(steps: Vec<Step>) -> (Exit, Vec<Answer>, Arc<Probe>) {
         let probe = Arc::new(Probe::default());
         let mut buses = Buses::default();
@@ -113,7 +141,7 @@ mod tests {
             .insert(0x600, 3, Arc::new(PowerRegisters))
             .unwrap();
         let mut vcpu = FakeVcpu::scripted(steps);
-        let exit = run(&mut vcpu, &buses, &AtomicBool::new(false));
+        let exit = run(&mut vcpu, &buses, &Open(true));
         (exit, vcpu.answers().to_vec(), probe)
     }
 
@@ -222,7 +250,7 @@ mod tests {
     #[test]
     fn a_stopped_vcpu_does_not_enter_the_guest() {
         let mut vcpu = FakeVcpu::scripted(vec![Step::Shutdown]);
-        let exit = run(&mut vcpu, &Buses::default(), &AtomicBool::new(true));
+        let exit = run(&mut vcpu, &Buses::default(), &Open(false));
         assert_eq!(exit, Exit::Stopped);
         assert_eq!(vcpu.steps_left(), 1);
     }

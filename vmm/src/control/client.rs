@@ -188,6 +188,17 @@ impl VmHandle {
         )
     }
 
+    /// Stops the VM's processors; returns when they have stopped. See
+    /// [`RunningVm::pause`](crate::RunningVm::pause).
+    pub fn pause(&self) -> Result<(), ControlError> {
+        self.ask("pause", Body::Pause)
+    }
+
+    /// Lets the processors of a paused VM go on.
+    pub fn resume(&self) -> Result<(), ControlError> {
+        self.ask("resume", Body::Resume)
+    }
+
     /// Asks the guest for `bytes` of its memory.
     pub fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
         self.ask("set balloon", Body::SetBalloon { bytes })

@@ -21,10 +21,13 @@ use crate::devices::virtio::console::{
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::hypervisor::{Host, HypervisorError};
 use crate::sys::threads;
-use crate::{DiskConfig, Error, RunningVm, Vm, VmConfig};
+use crate::{DiskConfig, Error, PauseError, RunningVm, Vm, VmConfig};
 
 /// How long a guest may take to say how it uses its memory; what it said before is good enough.
 const STATS_WAIT: Duration = Duration::from_secs(1);
+
+/// How long a vCPU may take to come out of the guest.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) type Result<T> = std::result::Result<T, ErrorMessage>;
 
@@ -105,6 +108,14 @@ impl Guest {
                     .resize(port, columns, rows)
                     .map_err(refused_port)?;
             }
+            Body::Pause => self.vm()?.pause(PAUSE_LIMIT).map_err(|error| {
+                let kind = match error {
+                    PauseError::Ended => ErrorKind::State,
+                    PauseError::Busy { .. } => ErrorKind::Internal,
+                };
+                refuse(kind, describe(&error))
+            })?,
+            Body::Resume => self.vm()?.resume(),
             Body::SetBalloon { bytes } => self
                 .balloon()?
                 .set_target(bytes)

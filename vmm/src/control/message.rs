@@ -49,6 +49,8 @@ pub(super) enum Body {
         bytes: u64,
     },
     BalloonStats,
+    Pause,
+    Resume,
     Stop,
 }
 

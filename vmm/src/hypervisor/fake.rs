@@ -1,7 +1,7 @@
 //! A hypervisor without a processor: its vCPUs play a script. For tests of what lies above the seam.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::{
     Binding, Caps, Fault, Hypervisor, HypervisorError, IrqLine, Kicker, Vcpu, VcpuExit, VcpuSeed,
@@ -38,6 +38,10 @@ pub enum Step {
     Kicked,
     /// Stays in the guest until it is kicked.
     UntilKicked,
+    /// Comes out for kicks and goes on, without end.
+    Forever,
+    /// Stays in the guest, deaf to kicks, until the test is there too.
+    Meet(Arc<Barrier>),
     Fault(Fault),
 }
 
@@ -63,6 +67,8 @@ pub struct Record {
     pub doorbells: Vec<(u64, u32)>,
     /// The setup of each vCPU that was booted.
     pub booted: Vec<VcpuSetup>,
+    /// How often a vCPU went on after a pause.
+    pub resumed: usize,
 }
 
 impl Fake {
@@ -268,6 +274,10 @@ impl Vcpu for FakeVcpu {
         Ok(())
     }
 
+    fn resumed(&mut self) {
+        lock(&self.record).resumed += 1;
+    }
+
     fn run(&mut self) -> VcpuExit<'_> {
         if std::mem::take(&mut self.awaits_answer) {
             self.answers.push(self.current.clone());
@@ -316,6 +326,15 @@ impl Vcpu for FakeVcpu {
             Step::Shutdown => VcpuExit::Shutdown,
             Step::Kicked => VcpuExit::Kicked,
             Step::UntilKicked => {
+                self.kicker.wait();
+                VcpuExit::Kicked
+            }
+            Step::Meet(barrier) => {
+                barrier.wait();
+                VcpuExit::Kicked
+            }
+            Step::Forever => {
+                self.script.push_front(Step::Forever);
                 self.kicker.wait();
                 VcpuExit::Kicked
             }

@@ -182,6 +182,10 @@ pub trait Vcpu {
     /// Runs the guest until something needs attention. What the answer of a read is left with is
     /// given to the guest at the next call.
     fn run(&mut self) -> VcpuExit<'_>;
+
+    /// It goes on after it was kept out of the guest for a while. The guest is told, where it can be:
+    /// its watchdogs then don't take the time for a hang of its own.
+    fn resumed(&mut self);
 }
 
 /// Forces a vCPU out of the guest. A kick before the vCPU runs makes its next run return at once;

@@ -5,15 +5,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::devices::{Devices, Handles};
 use crate::arch::VcpuSetup;
-use crate::error::Error;
+use crate::error::{Error, PauseError};
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, Kicker, Vcpu, VcpuSeed};
 use crate::sys::threads;
-use crate::vcpu::{self, Buses};
+use crate::vcpu::{self, Buses, Gate};
 
 /// How long to wait for vCPUs to come out before they are kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
@@ -53,6 +53,10 @@ struct State {
     running: usize,
     /// Devices have stopped after the last vCPU.
     ended: bool,
+    /// vCPUs wait outside of the guest, or are to.
+    paused: bool,
+    /// Those that do.
+    parked: usize,
 }
 
 /// Starts a thread for each vCPU. All are bound before any runs.
@@ -70,6 +74,8 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         exit: None,
         running: count,
         ended: count == 0,
+        paused: false,
+        parked: 0,
     };
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
@@ -165,7 +171,7 @@ impl Thread {
             Err(mpsc::RecvError) => Some(Exit::Stopped),
         };
         if out.exit.is_none() {
-            out.exit = Some(vcpu::run(&mut vcpu, buses, &self.shared.stop));
+            out.exit = Some(vcpu::run(&mut vcpu, buses, &*self.shared));
         }
         // The vCPU goes on its own thread, before it is counted out.
         drop(vcpu);
@@ -217,7 +223,71 @@ impl Shared {
     }
 }
 
+impl Gate for Shared {
+    fn is_closed(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    fn rest(&self) -> bool {
+        let mut state = self.lock();
+        if !state.paused || state.exit.is_some() {
+            return false;
+        }
+        state.parked += 1;
+        self.changed.notify_all();
+        while state.paused && state.exit.is_none() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.parked -= 1;
+        true
+    }
+}
+
 impl Running {
+    /// Stops every vCPU outside of the guest and waits until all have come out.
+    pub(super) fn pause(&self, limit: Duration) -> Result<(), PauseError> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.shared.lock();
+        state.paused = true;
+        self.shared.kick();
+        loop {
+            if state.exit.is_some() {
+                return Err(PauseError::Ended);
+            }
+            if state.parked == state.running {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                state.paused = false;
+                self.shared.changed.notify_all();
+                return Err(PauseError::Busy {
+                    inside: state.running - state.parked,
+                    limit,
+                });
+            }
+            // A kick may be lost.
+            let (unlocked, timeout) = self
+                .shared
+                .changed
+                .wait_timeout(state, KICK_AGAIN.min(deadline - now))
+                .unwrap_or_else(PoisonError::into_inner);
+            state = unlocked;
+            if timeout.timed_out() {
+                self.shared.kick();
+            }
+        }
+    }
+
+    /// Lets vCPUs go on.
+    pub(super) fn resume(&self) {
+        self.shared.lock().paused = false;
+        self.shared.changed.notify_all();
+    }
+
     pub(super) fn stop(&self) {
         self.shared.end(Exit::Stopped);
     }

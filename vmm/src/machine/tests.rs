@@ -5,7 +5,7 @@
 use std::arch::global_asm;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::sync::mpsc;
+use std::sync::{Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -380,4 +380,44 @@ fn ram_beyond_the_hole_is_mapped_above_4_gib() {
     let record = hypervisor.record();
     assert_eq!(record.mapped[&0], (0, 3 << 30));
     assert_eq!(record.mapped[&1], (4 << 30, 2 << 30));
+}
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+#[test]
+fn a_pause_holds_every_vcpu_until_it_is_over() {
+    let (hypervisor, running) = fake(vec![vec![Step::Forever]; 3], |_| ());
+    running.pause(LIMIT).unwrap();
+    // It is one state, however often it is asked for.
+    running.pause(LIMIT).unwrap();
+    assert_eq!(hypervisor.record().resumed, 0);
+    running.resume();
+    while hypervisor.record().resumed < 3 {
+        thread::yield_now();
+    }
+    running.pause(LIMIT).unwrap();
+    // A paused VM can be ended.
+    running.stop();
+    assert_eq!(running.wait(), Exit::Stopped);
+    assert!(matches!(running.pause(LIMIT), Err(PauseError::Ended)));
+}
+
+#[test]
+fn a_pause_that_fails_leaves_the_vm_running() {
+    let barrier = Arc::new(Barrier::new(2));
+    let stuck = vec![
+        Step::Meet(Arc::clone(&barrier)),
+        Step::UntilKicked,
+        Step::SystemOff,
+    ];
+    let (hypervisor, running) = fake(vec![stuck, vec![Step::Forever]], |_| ());
+    let error = running.pause(Duration::from_millis(30)).unwrap_err();
+    assert!(
+        matches!(error, PauseError::Busy { inside: 1 | 2, .. }),
+        "{error}"
+    );
+    barrier.wait();
+    // The vCPU that was stuck meets no pause; the kicks of the failed one take it on.
+    assert_eq!(running.wait(), Exit::PowerOff);
+    assert!(hypervisor.record().resumed <= 1);
 }

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use libtest_mimic::{Completion, Failed, Trial};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use supermachine_vmm::control::{BootSpec, ConsoleSpec, ControlError, ErrorKind, Exit};
 
 use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, exists, kill_9, test};
@@ -40,6 +41,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         kvm_test("bare_metal::stopped_when_spinning", || stopped(SPIN)),
         kvm_test("bare_metal::killed_when_spinning", killed),
         kvm_test("bare_metal::boots_once", boots_once),
+        kvm_test("bare_metal::paused_and_resumed", paused),
         test("bare_metal::kernel_that_is_none", kernel_that_is_none),
         test("bare_metal::requests_before_boot", requests_before_boot),
         kvm_test("bare_metal::requests_to_absent_devices", absent_devices),
@@ -152,6 +154,41 @@ fn killed() -> Outcome {
     check_eq(vm.end()?, Exit::Killed { signal: 9 })
 }
 
+/// Lines without end.
+const CHATTER: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, b'\n', // mov al, '\n'
+    0xee,  // out dx, al
+    0xeb, 0xfd, // jmp to the out
+];
+
+fn paused() -> Outcome {
+    let vm = Vm::spawn("paused")?;
+    let (spec, mut serial) = guest(CHATTER)?;
+    vm.handle.boot(&spec, DEADLINE)?;
+    drop(spec);
+    let mut byte = [0];
+    for _ in 0..3 {
+        serial.read_exact(&mut byte)?;
+        vm.handle.pause()?;
+        // What was written before is in the pipe already; more must not come.
+        while ready(&serial, 0) {
+            serial.read_exact(&mut byte)?;
+        }
+        check(!ready(&serial, 100), "a paused guest goes on")?;
+        vm.handle.resume()?;
+        serial.read_exact(&mut byte)?;
+    }
+    vm.handle.pause()?;
+    check_eq(vm.handle.stop(DEADLINE), Exit::Stopped)
+}
+
+/// Whether there is something to read within these milliseconds.
+fn ready(pipe: &std::io::PipeReader, milliseconds: u8) -> bool {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::from(milliseconds)).is_ok_and(|count| count > 0)
+}
+
 fn refused<T: std::fmt::Debug>(result: Result<T, ControlError>, kind: ErrorKind) -> Outcome {
     match result {
         Err(ControlError::Refused(message)) if message.kind == kind => Ok(()),
@@ -186,6 +223,8 @@ fn requests_before_boot() -> Outcome {
     let vm = Vm::spawn("early")?;
     refused(vm.handle.attach_port(0, None, None), ErrorKind::State)?;
     refused(vm.handle.set_balloon(0), ErrorKind::State)?;
+    refused(vm.handle.pause(), ErrorKind::State)?;
+    refused(vm.handle.resume(), ErrorKind::State)?;
     refused(vm.handle.balloon_stats(), ErrorKind::State)
 }
 

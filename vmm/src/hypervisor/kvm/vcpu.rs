@@ -112,6 +112,13 @@ impl Vcpu for KvmVcpu {
         x86_64::restore_vcpu(&self.fd, state, &self.extent)
     }
 
+    fn resumed(&mut self) {
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            // EINVAL: the guest doesn't use the clock that carries the news.
+            tracing::debug!(%error, "a guest was not told that it had been paused");
+        }
+    }
+
     fn run(&mut self) -> VcpuExit<'_> {
         let run: *mut kvm_run = self.fd.get_kvm_run();
         match self.fd.run() {
