@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use nix::libc::SIGKILL;
 use nix::unistd::Pid;
-use oci_spec::runtime::LinuxDeviceCgroup;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
+use supermachine_protocol::StatsResponse;
 
 use crate::devices;
 use crate::error::Error;
-use crate::sys;
+use crate::{identity, limits, stats, sys};
 
 /// Where the guest's one hierarchy is mounted.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
@@ -67,6 +68,16 @@ impl Cgroup {
     pub(crate) fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), Error> {
         devices::enforce(rules, &self.directory)
             .map_err(Error::system("enforce linux.resources.devices"))
+    }
+
+    /// What is in use.
+    pub(crate) fn stats(&self) -> StatsResponse {
+        stats::read(&self.directory, identity::memory())
+    }
+
+    /// Changes limits; all that are named, or none.
+    pub(crate) fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
+        limits::apply(&self.directory, resources)
     }
 
     /// File that changes when the kernel kills for want of memory.

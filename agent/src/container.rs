@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use oci_spec::runtime::{LinuxCapabilities, Process as OciProcess, Spec};
-use supermachine_protocol::{CreateContainerRequest, ExecProcessRequest};
+use oci_spec::runtime::{LinuxCapabilities, LinuxResources, Process as OciProcess, Spec};
+use supermachine_protocol::{CreateContainerRequest, ExecProcessRequest, StatsResponse};
 use tokio::sync::oneshot;
 
 use crate::bundle::{self, Bundle};
@@ -235,6 +235,17 @@ impl Container {
 
     pub(crate) fn pids(&self) -> Vec<u32> {
         self.cgroup.pids()
+    }
+
+    pub(crate) fn stats(&self) -> StatsResponse {
+        self.cgroup.stats()
+    }
+
+    /// Changes its limits to those of an OCI `linux.resources` object.
+    pub(crate) fn update(&self, resources_json: &[u8]) -> Result<(), Error> {
+        let resources: LinuxResources = serde_json::from_slice(resources_json)
+            .map_err(|error| Error::invalid("resources_json", error.to_string()))?;
+        self.cgroup.update(&resources)
     }
 
     /// Forgets an exec'd process that has exited.

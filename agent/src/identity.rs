@@ -48,7 +48,8 @@ pub(crate) fn uptime() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
-fn memory() -> u64 {
+/// Bytes of memory the kernel sees; 0 if it doesn't say.
+pub(crate) fn memory() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     text.lines()
         .find_map(|line| {

@@ -9,7 +9,7 @@ use supermachine_protocol::ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 use supermachine_protocol::{
     Agent, ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, Event,
     ExecProcessRequest, ListPidsResponse, ProcessRequest, ProcessResponse, ResizePtyRequest,
-    SignalRequest, ttrpc, version_mismatch,
+    SignalRequest, StatsResponse, UpdateContainerRequest, ttrpc, version_mismatch,
 };
 
 use crate::bundle::check_id;
@@ -221,6 +221,20 @@ impl Agent for Calls {
         container
             .process(&request.exec_id)?
             .resize(request.columns, request.rows)?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Reply<StatsResponse> {
+        Ok(self.container(&request.container_id)?.stats())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> Reply<Empty> {
+        let container = self.container(&request.container_id)?;
+        container.update(&request.resources_json)?;
         Ok(Empty::new())
     }
 
