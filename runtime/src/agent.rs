@@ -183,6 +183,33 @@ impl Agent {
         answer.map(drop).map_err(self.fault("sending a signal"))
     }
 
+    /// What the container uses; the answer comes within `limit` or not at all.
+    pub(crate) async fn stats(
+        &self,
+        container_id: &str,
+        limit: Duration,
+    ) -> Result<protocol::StatsResponse, Error> {
+        let mut request = protocol::ContainerRequest::new();
+        request.container_id = container_id.to_owned();
+        let answer = self.client.stats(with_duration(limit), &request).await;
+        answer.map_err(|error| fault("reading statistics", limit, error))
+    }
+
+    pub(crate) async fn update(
+        &self,
+        container_id: &str,
+        resources_json: Vec<u8>,
+    ) -> Result<(), Error> {
+        let mut request = protocol::UpdateContainerRequest::new();
+        request.container_id = container_id.to_owned();
+        request.resources_json = resources_json;
+        let answer = self.client.update_container(self.deadline(), &request);
+        answer
+            .await
+            .map(drop)
+            .map_err(self.fault("changing limits"))
+    }
+
     pub(crate) async fn resize(
         &self,
         container_id: &str,

@@ -8,7 +8,8 @@ use crate::request::{Mount, Stdio};
 /// A step in a task's life.
 ///
 /// For one task the order is `Created`, `Started`, `Exited`, `Deleted`; for an exec'd process
-/// `ExecAdded`, `ExecStarted`, `Exited`. Steps that did not happen are left out.
+/// `ExecAdded`, `ExecStarted`, `Exited`. Steps that did not happen are left out. Between `Started`
+/// and `Exited`, `Paused` and `Resumed` come by turns; an exit may follow `Paused` directly.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The container exists, its program does not run yet.
@@ -46,6 +47,16 @@ pub enum Event {
         exec_id: String,
         /// The process that stands for it on the host.
         pid: u32,
+    },
+    /// The machine's processors have stopped.
+    Paused {
+        /// The container.
+        container_id: String,
+    },
+    /// They go on.
+    Resumed {
+        /// The container.
+        container_id: String,
     },
     /// A process ended and everything it wrote has been delivered.
     Exited {

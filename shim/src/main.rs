@@ -10,6 +10,7 @@ mod args;
 mod bootstrap;
 mod daemon;
 mod delete;
+mod metrics;
 mod publish;
 mod start;
 mod task;

@@ -240,6 +240,16 @@ fn encode(event: &Event) -> (&'static str, Any) {
             message.exited_at = Some(timestamp(exit.at)).into();
             (topics::TASK_DELETE_EVENT_TOPIC, pack(&message))
         }
+        Event::Paused { container_id } => {
+            let mut message = task::TaskPaused::new();
+            message.container_id.clone_from(container_id);
+            (topics::TASK_PAUSED_EVENT_TOPIC, pack(&message))
+        }
+        Event::Resumed { container_id } => {
+            let mut message = task::TaskResumed::new();
+            message.container_id.clone_from(container_id);
+            (topics::TASK_RESUMED_EVENT_TOPIC, pack(&message))
+        }
         Event::OutOfMemory { container_id } => {
             let mut message = task::TaskOOM::new();
             message.container_id.clone_from(container_id);
@@ -249,7 +259,7 @@ fn encode(event: &Event) -> (&'static str, Any) {
 }
 
 /// containerd names types in an `Any` by their bare full name.
-fn pack<M: MessageFull>(message: &M) -> Any {
+pub(crate) fn pack<M: MessageFull>(message: &M) -> Any {
     let mut any = Any::new();
     any.type_url = M::descriptor().full_name().to_owned();
     // Writing to memory fails only for messages beyond 2 GiB.

@@ -1,7 +1,7 @@
 //! containerd's Task service: each call is decoded, done by the runtime, and encoded.
 //!
-//! What is not offered (pause, resume, checkpoint, update, stats) is answered by name with
-//! `UNIMPLEMENTED`, which containerd shows as "not implemented".
+//! What is not offered (checkpoints) is answered by name with `UNIMPLEMENTED`, which containerd
+//! shows as "not implemented".
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,6 +21,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use ttrpc::{Code, get_status};
 
 use crate::args::Args;
+use crate::metrics;
 
 /// The service's name since containerd 2.0, and before. The protocols differ in nothing else.
 const V3: &str = "containerd.task.v3.Task";
@@ -31,6 +32,8 @@ const V2: &str = "containerd.task.v2.Task";
 pub(crate) struct Task {
     namespace: String,
     sandbox: Sandbox,
+    /// Which numbers containerd's clients expect.
+    metrics: metrics::Mode,
     /// Told when containerd wants the daemon gone.
     done: Arc<Notify>,
 }
@@ -40,6 +43,7 @@ impl Task {
         Self {
             namespace: args.namespace.clone(),
             sandbox,
+            metrics: metrics::Mode::of_host(),
             done,
         }
     }
@@ -115,6 +119,7 @@ impl shim_async::Task for Task {
         reply.status = match state.status {
             Status::Created => ApiStatus::CREATED,
             Status::Running => ApiStatus::RUNNING,
+            Status::Paused => ApiStatus::PAUSED,
             Status::Stopped => ApiStatus::STOPPED,
         }
         .into();
@@ -213,12 +218,14 @@ impl shim_async::Task for Task {
         Ok(api::Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> Reply<api::Empty> {
-        Err(unimplemented("Pause"))
+    async fn pause(&self, _: &TtrpcContext, req: api::PauseRequest) -> Reply<api::Empty> {
+        self.sandbox.pause(&req.id).await.map_err(status)?;
+        Ok(api::Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> Reply<api::Empty> {
-        Err(unimplemented("Resume"))
+    async fn resume(&self, _: &TtrpcContext, req: api::ResumeRequest) -> Reply<api::Empty> {
+        self.sandbox.resume(&req.id).await.map_err(status)?;
+        Ok(api::Empty::new())
     }
 
     async fn checkpoint(
@@ -229,12 +236,22 @@ impl shim_async::Task for Task {
         Err(unimplemented("Checkpoint"))
     }
 
-    async fn update(&self, _: &TtrpcContext, _: api::UpdateTaskRequest) -> Reply<api::Empty> {
-        Err(unimplemented("Update"))
+    async fn update(&self, _: &TtrpcContext, req: api::UpdateTaskRequest) -> Reply<api::Empty> {
+        let limits = req.resources.unwrap_or_default();
+        let limits = request::resources(&limits.type_url, &limits.value)
+            .map_err(|error| status(error.into()))?;
+        self.sandbox
+            .update(&req.id, &limits)
+            .await
+            .map_err(status)?;
+        Ok(api::Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: api::StatsRequest) -> Reply<api::StatsResponse> {
-        Err(unimplemented("Stats"))
+    async fn stats(&self, _: &TtrpcContext, req: api::StatsRequest) -> Reply<api::StatsResponse> {
+        let stats = self.sandbox.stats(&req.id).await.map_err(status)?;
+        let mut reply = api::StatsResponse::new();
+        reply.stats = Some(metrics::message(&stats, self.metrics)).into();
+        Ok(reply)
     }
 }
 
@@ -257,6 +274,7 @@ fn status(error: Error) -> ttrpc::Error {
         Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
         Kind::InvalidArgument => Code::INVALID_ARGUMENT,
         Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+        Kind::Unavailable => Code::UNAVAILABLE,
         Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
         Kind::Unimplemented => Code::UNIMPLEMENTED,
         Kind::Program => Code::UNKNOWN,
@@ -336,10 +354,14 @@ mod tests {
             code(task.state(with_timeout(0), &state).await),
             Code::NOT_FOUND
         );
-        let pause = task.pause(with_timeout(0), &api::PauseRequest::new()).await;
-        assert_eq!(code(pause), Code::UNIMPLEMENTED);
+        let checkpoint = api::CheckpointTaskRequest::new();
+        let checkpoint = task.checkpoint(with_timeout(0), &checkpoint).await;
+        assert_eq!(code(checkpoint), Code::UNIMPLEMENTED);
         let stats = task.stats(with_timeout(0), &api::StatsRequest::new()).await;
-        assert_eq!(code(stats), Code::UNIMPLEMENTED);
+        assert_eq!(code(stats), Code::NOT_FOUND);
+        let update = api::UpdateTaskRequest::new();
+        let update = task.update(with_timeout(0), &update).await;
+        assert_eq!(code(update), Code::INVALID_ARGUMENT);
         let mut create = api::CreateTaskRequest::new();
         create.id = "../c1".to_owned();
         create.bundle = "/b".to_owned();

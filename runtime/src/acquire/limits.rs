@@ -76,6 +76,19 @@ impl HostCgroup {
         }
     }
 
+    /// Lets what is in the cgroup run on these of the host's processors alone.
+    ///
+    /// # Errors
+    /// No hierarchy has CPU sets, or the kernel refuses this one.
+    pub fn set_cpuset(&self, cpuset: &str) -> io::Result<()> {
+        let files = self.directories.iter().map(|dir| dir.join("cpuset.cpus"));
+        let mut files = files.filter(|file| file.exists()).peekable();
+        if files.peek().is_none() {
+            return Err(io::Error::other("the host's cgroups have no CPU sets"));
+        }
+        files.try_for_each(|file| std::fs::write(file, cpuset))
+    }
+
     /// The cgroup's directories, one in each hierarchy.
     pub fn directories(&self) -> &[PathBuf] {
         &self.directories

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 
 use super::{Error, LeftOut};
 
-mod resources;
+pub(super) mod resources;
 mod sysctl;
 
 /// Kinds of mount that the guest's own kernel provides.

@@ -53,11 +53,7 @@ fn vcpus(
     });
     let by_set = match cpuset {
         "" => None,
-        set => Some(cpuset_len(set).ok_or_else(|| Error::Invalid {
-            key: "linux.resources.cpu.cpus".into(),
-            value: set.to_owned(),
-            expected: "a list of processors such as \"0-3,8\"",
-        })?),
+        set => Some(check_cpuset(set)?),
     };
     let wanted = match (by_quota, by_set) {
         (Some(quota), Some(set)) => quota.min(set),
@@ -66,6 +62,15 @@ fn vcpus(
     };
     let most = facts.cpus.clamp(1, Vcpus::MAX);
     Ok(u32::try_from(wanted).unwrap_or(most).clamp(1, most))
+}
+
+/// How many processors a cpuset list names, if it is one.
+pub(super) fn check_cpuset(set: &str) -> Result<u64, Error> {
+    cpuset_len(set).ok_or_else(|| Error::Invalid {
+        key: "linux.resources.cpu.cpus".into(),
+        value: set.to_owned(),
+        expected: "a list of processors such as \"0-3,8\"",
+    })
 }
 
 /// How many processors a cpuset list names.

@@ -8,6 +8,7 @@ mod facts;
 mod guest_spec;
 mod machine;
 mod rootfs;
+mod update;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,8 @@ use crate::config::Resolved;
 use crate::request::{Create, Stream};
 
 pub use facts::HostFacts;
+pub use update::{MachineSize, Update, update};
+
 pub use rootfs::{DISKS_MAX, Disk, Rootfs, Source};
 
 /// Why a request can't be carried out.
@@ -34,6 +37,11 @@ pub enum Error {
         value: String,
         expected: &'static str,
     },
+    #[error(
+        "linux.resources.memory.limit is {limit} bytes, more than the {machine} bytes of the \
+         container's machine, which does not grow while it runs"
+    )]
+    MemoryAboveMachine { limit: u64, machine: u64 },
 }
 
 /// Everything that is to be acquired and started for one container.

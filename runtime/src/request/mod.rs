@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde::de::IgnoredAny;
 
 /// The longest identifier containerd makes or accepts.
@@ -33,6 +33,10 @@ pub enum Error {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("New limits are of type {found:?}; expected LinuxResources of the OCI runtime spec")]
+    Resources { found: String },
+    #[error("New limits are no LinuxResources of the OCI runtime spec")]
+    MalformedResources { source: serde_json::Error },
     #[error("{} is not an OCI runtime configuration", path.display())]
     Malformed {
         path: PathBuf,
@@ -84,6 +88,20 @@ pub struct Mount {
     pub source: String,
     pub options: Vec<String>,
     pub target: String,
+}
+
+/// New limits for a container, from the type and value of a protobuf `Any`.
+///
+/// # Errors
+/// It is another type, or not what it says it is.
+pub fn resources(type_url: &str, value: &[u8]) -> Result<LinuxResources, Error> {
+    // "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+    if type_url.rsplit('/').next() != Some("LinuxResources") {
+        return Err(Error::Resources {
+            found: type_url.to_owned(),
+        });
+    }
+    serde_json::from_slice(value).map_err(|source| Error::MalformedResources { source })
 }
 
 /// Where one standard stream of a process comes from or goes to.

@@ -8,6 +8,7 @@ use supermachine_protocol as protocol;
 use tokio::sync::watch;
 
 use super::machine::{Launched, Machine};
+use super::pause::Pause;
 use super::ports::Ports;
 use super::process::Process;
 use super::pump::Progress;
@@ -139,6 +140,8 @@ impl Inner {
             vm: vm.clone(),
             processes: [(String::new(), init)].into(),
             ports,
+            pause: Pause::default(),
+            stats: None,
         }));
         self.watch_agent(vm.clone(), agent_events);
         vm.call("creating the container", vm.agent.create_container(&create))

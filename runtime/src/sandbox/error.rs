@@ -17,6 +17,8 @@ pub enum Kind {
     InvalidArgument,
     /// The guest did not answer in time.
     DeadlineExceeded,
+    /// The guest cannot be asked just now.
+    Unavailable,
     /// All of something is in use.
     ResourceExhausted,
     /// Not offered.
@@ -85,6 +87,14 @@ pub enum Error {
         /// Why it failed.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The guest gave no numbers.
+    #[error("No statistics of container {id}")]
+    NoStats {
+        /// Which one.
+        id: String,
+        /// Why not.
+        source: Box<Error>,
+    },
     /// The machine ended while something was being done.
     #[error("The virtual machine ended {during}: {reason}")]
     MachineEnded {
@@ -146,6 +156,7 @@ impl Error {
             }
             Self::Request(_) | Self::Plan(_) | Self::Encode { .. } => Kind::InvalidArgument,
             Self::EmulatedKvm { .. } => Kind::FailedPrecondition,
+            Self::NoStats { .. } => Kind::Unavailable,
             Self::NoFreePort { .. } => Kind::ResourceExhausted,
             Self::Silent { .. } => Kind::DeadlineExceeded,
             Self::Acquire(_)

@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::error::Error;
+use crate::plan::MachineSize;
 use crate::request;
 
 /// Makes a running machine out of a request.
@@ -55,6 +56,21 @@ pub(super) trait Machine: Send + Sync {
 
     /// A connection to the agent, which listens already.
     async fn dial_agent(&self) -> Result<UnixStream, Error>;
+
+    /// How large it is.
+    fn size(&self) -> MachineSize;
+
+    /// Stops its processors; returns when they have stopped.
+    async fn pause(&self) -> Result<(), Error>;
+
+    /// Lets its processors go on.
+    async fn resume(&self) -> Result<(), Error>;
+
+    /// Asks the guest to give back this much of its memory, in all.
+    async fn set_balloon(&self, bytes: u64) -> Result<(), Error>;
+
+    /// Lets it run on these of the host's processors alone.
+    async fn set_cpuset(&self, cpuset: String) -> Result<(), Error>;
 
     /// Ends it by force; `Event::Ended` follows.
     async fn kill(&self);

@@ -11,9 +11,11 @@ mod create;
 mod error;
 mod guest_log;
 mod machine;
+mod pause;
 mod ports;
 mod process;
 mod pump;
+mod resources;
 mod verbs;
 mod vm;
 
@@ -33,11 +35,14 @@ use crate::agent::Agent;
 use crate::events::{Event, Exit};
 use crate::request;
 use machine::{Launcher, Machine, Timeouts};
+use pause::Pause;
 use ports::Ports;
 use process::Process;
 
 pub use error::{Error, Kind};
 pub use process::Status;
+/// What a container uses, in the numbers of its guest's cgroup. They are the guest's to choose.
+pub use supermachine_protocol::{IoStats, StatsResponse as Stats};
 pub use vm::clean_up;
 
 /// Exit status of a process whose end nobody saw, as containerd has it.
@@ -98,6 +103,9 @@ struct Container {
     /// By exec id; the init process's is empty.
     processes: HashMap<String, Entry>,
     ports: Ports,
+    pause: Pause,
+    /// What it last used.
+    stats: Option<Stats>,
 }
 
 /// The machine, as far as the verbs need it.

@@ -19,6 +19,8 @@ pub enum Status {
     Created,
     /// Its program runs.
     Running,
+    /// It would run, but its machine is paused.
+    Paused,
     /// It has ended; its exit status is kept.
     Stopped,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use supermachine_protocol as protocol;
 
 use super::create::{assign_ports, attach, detached, end_of};
+use super::pause::Signal;
 use super::process::{Process, Status};
 use super::{
     Container, Entry, Error, Event, Exit, Inner, Kind, Sandbox, Slot, State, Vm, killed_exit,
@@ -47,8 +48,9 @@ impl Sandbox {
             if container.processes.contains_key(&exec_id) {
                 return Err(Error::refused(Kind::AlreadyExists, format!("id {exec_id}")));
             }
-            match container.init_status() {
+            match container.status("")? {
                 Status::Running => {}
+                Status::Paused => return Err(Error::state("cannot exec in a paused state")),
                 Status::Created => return Err(Error::state("cannot exec in a created state")),
                 Status::Stopped => return Err(Error::state("cannot exec in a stopped state")),
             }
@@ -76,10 +78,25 @@ impl Sandbox {
                 format!("signal {signal} does not exist; expected 0 to {SIGNAL_MAX}"),
             ));
         }
-        let vm = self.inner.with_process(id, exec_id, |entry, vm| {
-            entry.process.check_signal(!exec_id.is_empty())?;
-            Ok(vm.clone())
+        let vm = self.inner.with(id, |container| {
+            let process = &container.entry(exec_id)?.process;
+            process.check_signal(!exec_id.is_empty())?;
+            if let Some(waiting) = container.waiting()
+                && !(signal == SIGKILL && exec_id.is_empty())
+            {
+                waiting.signal(Signal {
+                    exec_id: exec_id.to_owned(),
+                    number: signal,
+                    all,
+                });
+                return Ok(None);
+            }
+            Ok(Some(container.vm.clone()))
         })?;
+        // A paused container gets it when it goes on.
+        let Some(vm) = vm else { return Ok(()) };
+        // Its death is the one thing that a paused container does not wait for.
+        self.inner.resume_to_end(id).await?;
         let sent = vm.call(
             "sending a signal",
             vm.agent.signal(id, exec_id, signal, all),
@@ -104,11 +121,12 @@ impl Sandbox {
         self.inner.with(id, |container| {
             let pid = container.pid();
             let bundle = container.bundle.clone();
+            let status = container.status(exec_id)?;
             let process = &container.entry(exec_id)?.process;
             Ok(State {
                 bundle,
                 pid,
-                status: process.status(),
+                status,
                 stdio: process.stdio.clone(),
                 exit: process.exit(),
             })
@@ -139,6 +157,9 @@ impl Sandbox {
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), Error> {
         let (exit, pid) = self.inner.with(id, |container| {
             let pid = container.pid();
+            if container.status(exec_id)? == Status::Paused {
+                return Err(Error::state("cannot delete a paused container"));
+            }
             Ok((container.entry(exec_id)?.process.begin_delete()?, pid))
         })?;
         let inner = Arc::clone(&self.inner);
@@ -166,16 +187,25 @@ impl Sandbox {
         columns: u32,
         rows: u32,
     ) -> Result<(), Error> {
-        let vm = self.inner.with_process(id, exec_id, |entry, vm| {
-            match entry.process.status() {
+        let vm = self.inner.with(id, |container| {
+            let status = container.status(exec_id)?;
+            let vm = container.vm.clone();
+            let entry = container.entry(exec_id)?;
+            match status {
                 Status::Stopped => Err(Error::state("cannot resize a stopped container")),
                 _ if !entry.process.stdio.terminal => Ok(None),
+                Status::Paused => {
+                    if let Some(waiting) = container.waiting() {
+                        waiting.resize(exec_id, (columns, rows));
+                    }
+                    Ok(None)
+                }
                 // An exec gets its terminal when it is started.
                 Status::Created if !exec_id.is_empty() => {
                     entry.size = Some((columns, rows));
                     Ok(None)
                 }
-                _ => Ok(Some(vm.clone())),
+                _ => Ok(Some(vm)),
             }
         })?;
         let Some(vm) = vm else { return Ok(()) };
@@ -225,13 +255,7 @@ impl Sandbox {
 }
 
 impl Container {
-    fn init_status(&self) -> Status {
-        self.processes
-            .get("")
-            .map_or(Status::Stopped, |init| init.process.status())
-    }
-
-    fn entry(&mut self, exec_id: &str) -> Result<&mut Entry, Error> {
+    pub(super) fn entry(&mut self, exec_id: &str) -> Result<&mut Entry, Error> {
         self.processes
             .get_mut(exec_id)
             .ok_or_else(|| Error::not_found(format!("process does not exist {exec_id}")))
@@ -369,6 +393,9 @@ impl Inner {
             })?,
         };
         let vm = self.with(id, |container| Ok(container.vm.clone()))?;
+        if let Err(error) = self.resume_to_end(id).await {
+            tracing::debug!(error = error.chain(), "a paused machine did not go on");
+        }
         self.stop_machine(&vm).await;
         vm.machine.release().await;
         let pid = vm.machine.pid();

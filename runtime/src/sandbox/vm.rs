@@ -22,12 +22,13 @@ use super::error::Error;
 use super::guest_log::GuestLog;
 use super::machine::{Event, GuestContainer, Launched, Launcher, Machine, Timeouts};
 use super::{Inner, Sandbox, Slot};
+use crate::acquire::limits::HostCgroup;
 use crate::acquire::{self, Resources};
 use crate::agent;
-use crate::config::{Level, Ports, Resolved};
+use crate::config::{Level, MemorySize, Ports, Resolved};
 use crate::images;
 use crate::ledger::{self, Entry, Ledger};
-use crate::plan::{self, HostFacts, Plan};
+use crate::plan::{self, HostFacts, MachineSize, Plan};
 use crate::request::Create;
 use crate::virtualization::Virtualization;
 
@@ -133,12 +134,19 @@ impl Launcher for VmLauncher {
         let (log, serial, agent_log) = GuestLog::start()?;
         let limit = self.config.timeouts.boot.0;
         let max_ports = last_port(&self.config) + 1;
+        let overhead = self.config.vm.memory_overhead.0;
         let machine = blocking("booting it", move || {
             let Prepared {
                 plan,
-                resources,
+                mut resources,
                 ledger,
             } = prepared;
+            let size = MachineSize {
+                memory: plan.memory,
+                overhead,
+                least: MemorySize::MIN,
+            };
+            let cgroup = resources.cgroup.take().map(Arc::new);
             let spec = boot_spec(&plan, resources, serial, vsock, max_ports);
             let booted = process.boot(&spec, limit).and_then(|()| {
                 process.attach_port(protocol::AGENT_CONSOLE_PORT, None, Some(agent_log))
@@ -150,6 +158,8 @@ impl Launcher for VmLauncher {
                 socket,
                 log,
                 requests: Semaphore::new(REQUESTS),
+                size,
+                cgroup,
             })
         });
         Ok(Launched {
@@ -269,6 +279,8 @@ struct Vmm {
     socket: PathBuf,
     log: GuestLog,
     requests: Semaphore,
+    size: MachineSize,
+    cgroup: Option<Arc<HostCgroup>>,
 }
 
 impl Vmm {
@@ -330,6 +342,37 @@ impl Machine for Vmm {
                 during: "connecting to it",
                 text: source.to_string(),
             })
+    }
+
+    fn size(&self) -> MachineSize {
+        self.size
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.request("pausing it", VmHandle::pause).await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.request("resuming it", VmHandle::resume).await
+    }
+
+    async fn set_balloon(&self, bytes: u64) -> Result<(), Error> {
+        self.request("setting its balloon", move |process| {
+            process.set_balloon(bytes)
+        })
+        .await
+    }
+
+    async fn set_cpuset(&self, cpuset: String) -> Result<(), Error> {
+        const WHAT: &str = "changing its CPU set";
+        let Some(cgroup) = self.cgroup.clone() else {
+            return Err(machine_error(WHAT, io::Error::other("it has no cgroup")));
+        };
+        blocking(WHAT, move || {
+            let set = cgroup.set_cpuset(&cpuset);
+            set.map_err(|error| machine_error(WHAT, error))
+        })
+        .await
     }
 
     async fn kill(&self) {

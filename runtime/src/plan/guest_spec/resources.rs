@@ -6,7 +6,10 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{Error, Notes, leave_out, refuse, some};
 
-pub(super) fn build(source: &LinuxResources, notes: &mut Notes) -> Result<LinuxResources, Error> {
+pub(in crate::plan) fn build(
+    source: &LinuxResources,
+    notes: &mut Notes,
+) -> Result<LinuxResources, Error> {
     if let Some(block_io) = source.block_io() {
         check_block_io(block_io, notes)?;
     }

@@ -20,6 +20,7 @@ use super::super::machine::{
 };
 use super::super::{Error, Event, Inner, Sandbox, Slot};
 use crate::events::Exit;
+use crate::plan::MachineSize;
 use crate::request::{self, Stdio};
 
 pub(super) const PID: u32 = 4711;
@@ -140,6 +141,22 @@ impl Guest {
         until(|| self.log().iter().any(|line| line.starts_with(call))).await;
     }
 
+    /// What happens to a request to the machine's process: it is logged, and fails if the test
+    /// says so.
+    fn control(&self, name: &'static str) -> Result<(), Error> {
+        let fail = self.with(|state| {
+            state.log.push(name.to_owned());
+            state.fail.contains_key(name)
+        });
+        if fail {
+            return Err(Error::Machine {
+                what: name,
+                source: "the test says so".into(),
+            });
+        }
+        Ok(())
+    }
+
     /// What happens to every call: it is logged, and hangs or fails if the test says so.
     async fn call(&self, name: &'static str, detail: String) -> ttrpc::Result<()> {
         let (hang, fail) = self.with(|state| {
@@ -239,6 +256,32 @@ impl Machine for Guest {
         Ok(stream)
     }
 
+    fn size(&self) -> MachineSize {
+        MachineSize {
+            memory: 512 << 20,
+            overhead: 96 << 20,
+            least: 64 << 20,
+        }
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.control("pause")
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.control("resume")
+    }
+
+    async fn set_balloon(&self, bytes: u64) -> Result<(), Error> {
+        self.with(|state| state.log.push(format!("balloon {}", bytes >> 20)));
+        Ok(())
+    }
+
+    async fn set_cpuset(&self, cpuset: String) -> Result<(), Error> {
+        self.with(|state| state.log.push(format!("cpuset {cpuset}")));
+        Ok(())
+    }
+
     async fn kill(&self) {
         self.with(|state| state.log.push("killed".to_owned()));
         self.die(true);
@@ -317,6 +360,27 @@ impl protocol::Agent for Guest {
     ) -> ttrpc::Result<protocol::Empty> {
         self.call("signal", format!("{}{}", req.exec_id, req.signal))
             .await?;
+        empty()
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        _: protocol::ContainerRequest,
+    ) -> ttrpc::Result<protocol::StatsResponse> {
+        self.call("stats", String::new()).await?;
+        let mut stats = protocol::StatsResponse::new();
+        stats.pids.mut_or_insert_default().current = 7;
+        Ok(stats)
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        req: protocol::UpdateContainerRequest,
+    ) -> ttrpc::Result<protocol::Empty> {
+        let json = String::from_utf8_lossy(&req.resources_json).into_owned();
+        self.call("update", json).await?;
         empty()
     }
 
@@ -457,6 +521,8 @@ impl Fixture {
                 }
                 Event::Deleted { exit, .. } => format!("deleted {}", exit.status),
                 Event::OutOfMemory { .. } => "oom".to_owned(),
+                Event::Paused { .. } => "paused".to_owned(),
+                Event::Resumed { .. } => "resumed".to_owned(),
             });
         }
         told
