@@ -16,10 +16,15 @@ pub(crate) const VCPU: Filter = Filter {
 
 /// `KVM_RUN` of linux/kvm.h.
 const KVM_RUN: u32 = 0xae80;
+/// `KVM_KVMCLOCK_CTRL`, after a pause.
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
 
 /// What it takes to run.
 pub(crate) const RUNNING: &[Rule] = &[
-    allow_if(libc::SYS_ioctl, &[When::Is(1, KVM_RUN)]),
+    allow_if(
+        libc::SYS_ioctl,
+        &[When::Is(1, KVM_RUN), When::Is(1, KVM_KVMCLOCK_CTRL)],
+    ),
     // To a serial log that is full.
     allow(libc::SYS_poll),
     allow(libc::SYS_ppoll),
