@@ -17,6 +17,10 @@ const CLEARER: &[(&str, &str)] = &[
         "kill of what has stopped",
         "the code alone says \"not found\"",
     ),
+    (
+        "exec in what has stopped",
+        "runc's shim of containerd 1.7 gives no code",
+    ),
 ];
 
 /// What `ctr` said and how it ended.
