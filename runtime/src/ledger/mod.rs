@@ -82,18 +82,31 @@ impl Ledger {
             path: directory.to_path_buf(),
             source,
         };
-        let mut builder = std::fs::DirBuilder::new();
-        builder.mode(0o711);
-        if let Some(parent) = directory.parent() {
-            builder.recursive(true).create(parent).map_err(failed)?;
-        }
-        match builder.recursive(false).mode(0o700).create(directory) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(Error::Exists {
-                    directory: directory.to_path_buf(),
-                });
+        let mut shared = std::fs::DirBuilder::new();
+        shared.mode(0o711).recursive(true);
+        let mut own = std::fs::DirBuilder::new();
+        own.mode(0o700);
+        loop {
+            if let Some(parent) = directory.parent()
+                && let Err(error) = shared.create(parent)
+            {
+                // It was there, and went before that was looked at.
+                if error.kind() == io::ErrorKind::AlreadyExists && !parent.is_file() {
+                    continue;
+                }
+                return Err(failed(error));
             }
-            other => other.map_err(failed)?,
+            match own.create(directory) {
+                Ok(()) => break,
+                // The namespace's last container has just taken its directory along.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    return Err(Error::Exists {
+                        directory: directory.to_path_buf(),
+                    });
+                }
+                Err(error) => return Err(failed(error)),
+            }
         }
         let lock = lock(directory)?;
         let directory = directory.to_path_buf();
@@ -111,7 +124,12 @@ impl Ledger {
     /// # Errors
     /// [`Error::NotFound`], [`Error::InUse`] while its owner lives, or the list can't be read.
     pub fn open(directory: &Path) -> Result<Self, Error> {
-        let lock = lock(directory)?;
+        let lock = lock(directory).inspect_err(|error| {
+            // Its owner may have come no further than the namespace's directory.
+            if matches!(error, Error::NotFound { .. }) {
+                remove_namespace(directory);
+            }
+        })?;
         let entries = read(directory)?;
         let directory = directory.to_path_buf();
         Ok(Self {
@@ -207,11 +225,15 @@ impl Ledger {
             undo::absent_is_fine(std::fs::remove_file(self.directory.join(name)))?;
         }
         undo::absent_is_fine(std::fs::remove_dir(&self.directory))?;
-        // The namespace's directory goes with its last container.
-        if let Some(namespace) = self.directory.parent() {
-            let _ = std::fs::remove_dir(namespace);
-        }
+        remove_namespace(&self.directory);
         Ok(())
+    }
+}
+
+/// The namespace's directory goes with its last container.
+fn remove_namespace(directory: &Path) {
+    if let Some(namespace) = directory.parent() {
+        let _ = std::fs::remove_dir(namespace);
     }
 }
 

@@ -247,3 +247,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_owner_killed_before_its_directory_leaves_nothing() {
+    let (root, directory) = state();
+    std::fs::create_dir(root.path().join("default")).expect("the namespace's directory");
+    let error = Ledger::open(&directory).expect_err("there is no ledger");
+    assert!(matches!(error, Error::NotFound { .. }), "{error}");
+    assert!(names(root.path()).is_empty());
+}
+
+#[test]
+fn namespaces_come_and_go_with_many_at_once() {
+    let (root, _) = state();
+    std::thread::scope(|scope| {
+        for name in ["a", "b", "c", "d"] {
+            let directory = root.path().join("default").join(name);
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    let ledger = Ledger::create(&directory).expect("create");
+                    ledger.undo().expect("undo");
+                }
+            });
+        }
+    });
+    assert!(names(root.path()).is_empty());
+}
