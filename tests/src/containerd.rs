@@ -24,6 +24,8 @@ pub struct Containerd {
     /// Taken when it is ended.
     child: Option<Child>,
     home: TempDir,
+    binary: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 impl Containerd {
@@ -40,28 +42,69 @@ impl Containerd {
             .context("no folder")?;
         let config = home.path().join("config.toml");
         fs::write(&config, configuration(home.path())).context("cannot write its configuration")?;
-        let notify = home.path().join("notify");
-        let ready = UnixDatagram::bind(&notify).context("cannot bind the notification socket")?;
-        let log = File::create(home.path().join("log")).context("cannot create its log")?;
+        let mut containerd = Self {
+            child: None,
+            home,
+            binary: binary.to_owned(),
+            env: env
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+        };
+        containerd.restart()?;
+        Ok(containerd)
+    }
 
-        let mut command = Command::new(binary);
+    /// Starts it where it was, after [`Self::crash`].
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn restart(&mut self) -> Result<()> {
+        let home = self.home.path();
+        let notify = home.join("notify");
+        let _ = fs::remove_file(&notify);
+        let ready = UnixDatagram::bind(&notify).context("cannot bind the notification socket")?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(home.join("log"))
+            .context("cannot create its log")?;
+
+        let mut command = Command::new(&self.binary);
         command
             .arg("--config")
-            .arg(&config)
+            .arg(home.join("config.toml"))
             .env("NOTIFY_SOCKET", &notify)
-            .envs(env.iter().copied())
+            .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot clone its log")?)
             .stderr(log);
         let child = command
             .spawn()
-            .with_context(|| format!("cannot start {}", binary.display()))?;
-        let mut containerd = Self {
-            child: Some(child),
-            home,
-        };
-        containerd.wait_ready(&ready)?;
-        Ok(containerd)
+            .with_context(|| format!("cannot start {}", self.binary.display()))?;
+        self.child = Some(child);
+        self.wait_ready(&ready)
+    }
+
+    /// Kills it, as by kill -9; its shims live on.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn crash(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("it does not run")?;
+        child.kill().context("cannot kill it")?;
+        child.wait().context("cannot wait for it")?;
+        Ok(())
+    }
+
+    /// Ends it in good order; its shims live on.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn stop(&mut self) -> Result<()> {
+        let child = self.child.take().context("it does not run")?;
+        end(child);
+        Ok(())
     }
 
     /// The socket it serves.
@@ -121,21 +164,24 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else {
-            return;
-        };
-        let Ok(pid) = i32::try_from(child.id()).map(Pid::from_raw) else {
-            return;
-        };
-        let _ = kill(pid, Signal::SIGTERM);
-        let (sender, ended) = mpsc::channel();
-        let waiter = thread::spawn(move || sender.send(child.wait()));
-        if ended.recv_timeout(STOP).is_err() {
-            // Not reaped yet, so the pid is still its own.
-            let _ = kill(pid, Signal::SIGKILL);
+        if let Some(child) = self.child.take() {
+            end(child);
         }
-        let _ = waiter.join();
     }
+}
+
+fn end(mut child: Child) {
+    let Ok(pid) = i32::try_from(child.id()).map(Pid::from_raw) else {
+        return;
+    };
+    let _ = kill(pid, Signal::SIGTERM);
+    let (sender, ended) = mpsc::channel();
+    let waiter = thread::spawn(move || sender.send(child.wait()));
+    if ended.recv_timeout(STOP).is_err() {
+        // Not reaped yet, so the pid is still its own.
+        let _ = kill(pid, Signal::SIGKILL);
+    }
+    let _ = waiter.join();
 }
 
 /// Version 2 is read by containerd 1.7 and 2.x alike.

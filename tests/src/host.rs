@@ -64,6 +64,7 @@ impl Host {
             image: image.to_owned(),
             id: unique("e2e"),
             options: Vec::new(),
+            streams: "--null-io",
         }
     }
 
@@ -107,9 +108,17 @@ pub struct Run<'a> {
     image: String,
     id: String,
     options: Vec<String>,
+    /// What a detached one has as streams.
+    streams: &'static str,
 }
 
 impl Run<'_> {
+    /// Lets a detached one have streams to attach to.
+    pub fn with_streams(mut self) -> Self {
+        self.streams = "";
+        self
+    }
+
     /// Adds options of `ctr run`.
     pub fn with(mut self, options: &[&str]) -> Self {
         self.options
@@ -194,8 +203,13 @@ impl Run<'_> {
             host: self.host.clone(),
             id: self.id.clone(),
         };
-        let command = self.command(&["--detach", "--null-io"], program);
-        Program::run(command, self.host.deadline)?.success()?;
+        let how = ["--detach", self.streams];
+        let how = how.iter().filter(|option| !option.is_empty());
+        let command = self.command(&how.copied().collect::<Vec<_>>(), program);
+        // Its input stays open: the end of that would be the container's.
+        Program::start(command, self.host.deadline)?
+            .finish()?
+            .success()?;
         Ok(Detached { guard })
     }
 }

@@ -156,7 +156,14 @@ impl Shim {
             server: Some(server),
             dir,
         };
-        let said = shim.command(&["start"])?.success()?;
+        let finished = shim.command(&["start"])?;
+        // containerd reads both streams as the answer.
+        ensure!(
+            !finished.status.success() || finished.stderr.is_empty(),
+            "the shim started and said {:?} on stderr",
+            finished.errors()
+        );
+        let said = finished.success()?;
         shim.client = Some(TaskClient::new(Client::connect(&socket_address(&said)?)?));
         Ok(shim)
     }

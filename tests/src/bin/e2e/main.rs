@@ -27,6 +27,7 @@ mod refused;
 mod spec;
 mod support;
 mod terminal;
+mod versions;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -95,6 +96,7 @@ fn run(options: Options) -> Result<ExitCode> {
         kernels::tests,
         confinement::tests,
         bad::tests,
+        versions::tests,
     ];
     if arguments.list {
         let listed = suites

@@ -21,6 +21,8 @@ pub(crate) struct World {
     pub(crate) release: String,
     /// Files of the tests themselves; busybox's are in `busybox`.
     files: Arc<Option<tempfile::TempDir>>,
+    /// The folder with the OCI archives.
+    pub(crate) images: PathBuf,
 }
 
 impl World {
@@ -60,6 +62,7 @@ impl World {
             },
             release,
             files: Arc::new(Some(files)),
+            images,
         })
     }
 
@@ -76,6 +79,7 @@ impl World {
             host,
             release: String::new(),
             files: Arc::new(None),
+            images: PathBuf::new(),
         }
     }
 
