@@ -64,7 +64,7 @@ impl Host {
             image: image.to_owned(),
             id: unique("e2e"),
             options: Vec::new(),
-            streams: "--null-io",
+            streams: Some("--null-io".to_owned()),
         }
     }
 
@@ -109,13 +109,19 @@ pub struct Run<'a> {
     id: String,
     options: Vec<String>,
     /// What a detached one has as streams.
-    streams: &'static str,
+    streams: Option<String>,
 }
 
 impl Run<'_> {
     /// Lets a detached one have streams to attach to.
     pub fn with_streams(mut self) -> Self {
-        self.streams = "";
+        self.streams = None;
+        self
+    }
+
+    /// Lets a detached one's output go to this URI.
+    pub fn with_log(mut self, uri: &str) -> Self {
+        self.streams = Some(format!("--log-uri={uri}"));
         self
     }
 
@@ -203,9 +209,11 @@ impl Run<'_> {
             host: self.host.clone(),
             id: self.id.clone(),
         };
-        let how = ["--detach", self.streams];
-        let how = how.iter().filter(|option| !option.is_empty());
-        let command = self.command(&how.copied().collect::<Vec<_>>(), program);
+        let how: Vec<&str> = ["--detach"]
+            .into_iter()
+            .chain(self.streams.as_deref())
+            .collect();
+        let command = self.command(&how, program);
         // Its input stays open: the end of that would be the container's.
         Program::start(command, self.host.deadline)?
             .finish()?

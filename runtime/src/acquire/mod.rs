@@ -2,6 +2,7 @@
 
 mod kernel;
 pub mod limits;
+mod logger;
 mod rootfs;
 pub mod stdio;
 

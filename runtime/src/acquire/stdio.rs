@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
+use super::logger::Pending;
 use crate::request::{self, Stream};
 
 /// A stream could not be opened.
@@ -24,6 +25,22 @@ pub enum Error {
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
+    },
+    /// The program that logs the output could not be executed.
+    #[error("Cannot start the logger {}", program.display())]
+    Logger {
+        /// What was named.
+        program: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The program that logs the output did not come up.
+    #[error("The logger {} is not ready: {reason}", program.display())]
+    LoggerNotReady {
+        /// What was named.
+        program: PathBuf,
+        /// In words.
+        reason: String,
     },
     /// Only a fifo can be stdin.
     #[error("{stream} {} is not a fifo", path.display())]
@@ -46,6 +63,8 @@ pub(crate) struct Streams {
     pub(crate) stderr: Option<OwnedFd>,
     /// Ends kept open by the host.
     pub(crate) held: Held,
+    /// The program that reads the output, to be started.
+    pub(crate) logger: Option<Pending>,
 }
 
 /// Fifo ends that are held so that a client may go and come back.
@@ -67,6 +86,13 @@ pub(crate) fn open(stdio: &request::Stdio) -> Result<Streams, Error> {
         streams.stdin = Some(input);
         streams.held.stdin = Some(holder);
     }
+    if let Stream::Logger(logger) = &stdio.stdout {
+        let (pending, out, err) = Pending::new(logger)?;
+        streams.stdout = Some(out);
+        // Unused, its end is what the logger reads.
+        streams.stderr = matches!(stdio.stderr, Stream::Logger(_)).then_some(err);
+        streams.logger = Some(pending);
+    }
     if let Some(target) = Target::of("stdout", &stdio.stdout) {
         streams.stdout = Some(target.open_output(&mut streams.held)?);
     }
@@ -86,7 +112,7 @@ struct Target<'a> {
 impl<'a> Target<'a> {
     fn of(stream: &'static str, named: &'a Stream) -> Option<Self> {
         let (path, file) = match named {
-            Stream::None => return None,
+            Stream::None | Stream::Logger(_) => return None,
             Stream::Fifo(path) => (path, false),
             Stream::File(path) => (path, true),
         };

@@ -33,6 +33,8 @@ pub enum Entry {
     File { path: PathBuf },
     /// A process, killed. The start time ([`start_time`]) tells it from a later one of its number.
     Child { pid: u32, start_time: u64 },
+    /// A process that ends by itself once the sandbox has; killed only if it takes too long.
+    Logger { pid: u32, start_time: u64 },
     /// A cgroup without processes, once those of the sandbox are gone.
     Cgroup { path: PathBuf },
 }

@@ -100,6 +100,28 @@ fn a_recorded_process_is_killed() {
 }
 
 #[test]
+fn a_logger_may_end_by_itself_and_a_stubborn_one_is_killed() {
+    let (_root, directory) = state();
+    let mut ledger = Ledger::create(&directory).expect("create");
+    let mut orderly = Command::new("sh")
+        .args(["-c", "cat; exit 3"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .expect("sh");
+    let mut stubborn = sleeper();
+    for child in [&orderly, &stubborn] {
+        let (pid, start_time) = (child.id(), start_time(child.id()).expect("running"));
+        ledger
+            .record(Entry::Logger { pid, start_time })
+            .expect("record");
+    }
+    drop(orderly.stdin.take());
+    ledger.undo().expect("undo");
+    assert_eq!(orderly.wait().expect("wait").code(), Some(3));
+    assert_eq!(stubborn.wait().expect("wait").code(), None);
+}
+
+#[test]
 fn a_process_that_took_over_the_number_is_spared() {
     let (_root, directory) = state();
     let mut ledger = Ledger::create(&directory).expect("create");

@@ -1,6 +1,7 @@
 //! Undoing one entry. What isn't there counts as undone.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,9 @@ use super::Entry;
 /// How long a killed process, and then its cgroup, may take to go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a logger may go on after the last output. containerd gives a clean-up 5 s in all.
+const LOGGING: Duration = Duration::from_secs(4);
+
 pub(super) fn undo(entry: &Entry) -> Result<(), String> {
     match entry {
         Entry::Directory { path } => {
@@ -21,9 +25,10 @@ pub(super) fn undo(entry: &Entry) -> Result<(), String> {
         Entry::File { path } => {
             absent_is_fine(std::fs::remove_file(path)).map_err(|error| named(path, &error))
         }
-        Entry::Child { pid, start_time } => {
-            end_process(*pid, *start_time).map_err(|error| format!("process {pid}: {error}"))
-        }
+        Entry::Child { pid, start_time } => end_process(*pid, *start_time, Duration::ZERO)
+            .map_err(|error| format!("process {pid}: {error}")),
+        Entry::Logger { pid, start_time } => end_process(*pid, *start_time, LOGGING)
+            .map_err(|error| format!("logger {pid}: {error}")),
         Entry::Cgroup { path } => remove_cgroup(path).map_err(|error| named(path, &error)),
     }
 }
@@ -48,8 +53,9 @@ pub fn start_time(pid: u32) -> Option<u64> {
     fields.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// Kills the process unless its number has passed to another, and waits for its end.
-fn end_process(pid: u32, started: u64) -> io::Result<()> {
+/// Kills the process unless its number has passed to another, and waits for its end. It has
+/// `grace` to end by itself.
+fn end_process(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
     let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
         return Ok(());
     };
@@ -61,21 +67,28 @@ fn end_process(pid: u32, started: u64) -> io::Result<()> {
     if start_time(pid) != Some(started) {
         return Ok(());
     }
+    if ends_within(&process, grace)? {
+        return Ok(());
+    }
     match pidfd_send_signal(&process, Signal::KILL) {
         Err(Errno::SRCH) => return Ok(()),
         other => other?,
     }
-    let timeout = Timespec {
-        tv_sec: PATIENCE.as_secs() as i64,
-        tv_nsec: 0,
-    };
-    match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout))? {
-        0 => Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "still there after SIGKILL",
-        )),
-        _ => Ok(()),
+    if ends_within(&process, PATIENCE)? {
+        return Ok(());
     }
+    Err(io::Error::new(
+        io::ErrorKind::TimedOut,
+        "still there after SIGKILL",
+    ))
+}
+
+fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
+    let timeout = Timespec {
+        tv_sec: limit.as_secs() as i64,
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    Ok(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout))? > 0)
 }
 
 fn remove_cgroup(path: &Path) -> io::Result<()> {

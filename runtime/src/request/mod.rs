@@ -2,7 +2,9 @@
 //! that could leave its directory, or a relative path.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxResources, Process, Spec};
@@ -21,8 +23,15 @@ pub enum Error {
     Identifier { what: &'static str, value: String },
     #[error("{what} {value:?} is not an absolute path")]
     RelativePath { what: &'static str, value: String },
-    #[error("{stream} has the URI {value:?}; expected a path, fifo:///PATH or file:///PATH")]
+    #[error(
+        "{stream} has the URI {value:?}; expected a path, fifo:///PATH, file:///PATH or, for output, \
+         binary:///PATH?KEY=VALUE"
+    )]
     Stream { stream: &'static str, value: String },
+    #[error(
+        "stderr has the URI {value:?}; one program logs both streams, expected stdout's {stdout:?}"
+    )]
+    TwoLoggers { stdout: String, value: String },
     #[error("Bundle {} does not exist or cannot be entered", path.display())]
     Bundle {
         path: PathBuf,
@@ -113,6 +122,35 @@ pub enum Stream {
     Fifo(PathBuf),
     /// A file to append to.
     File(PathBuf),
+    /// A program that reads it.
+    Logger(Box<Logger>),
+}
+
+/// A program that gets a process's output: `binary:///PATH?KEY=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Logger {
+    uri: String,
+    pub program: PathBuf,
+    /// Keys and values in turn, which is how it gets them.
+    pub args: Vec<String>,
+    /// It must say that it is ready, by a byte (`binary-v2`), not just close the pipe.
+    pub speaks: bool,
+}
+
+impl Logger {
+    fn parse(uri: &str, speaks: bool) -> Option<Self> {
+        let (_, rest) = uri.split_once("://")?;
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let path: Vec<u8> = percent_encoding::percent_decode_str(path).collect();
+        let program = PathBuf::from(OsString::from_vec(path));
+        let pairs = form_urlencoded::parse(query.as_bytes()).into_owned();
+        program.is_absolute().then(|| Self {
+            uri: uri.to_owned(),
+            program,
+            args: pairs.flat_map(|(key, value)| [key, value]).collect(),
+            speaks,
+        })
+    }
 }
 
 /// As it is asked for; a fifo by its path alone.
@@ -122,6 +160,7 @@ impl fmt::Display for Stream {
             Self::None => Ok(()),
             Self::Fifo(path) => write!(f, "{}", path.display()),
             Self::File(path) => write!(f, "file://{}", path.display()),
+            Self::Logger(logger) => f.write_str(&logger.uri),
         }
     }
 }
@@ -137,6 +176,10 @@ impl Stream {
             None => absolute(value).map(Self::Fifo),
             Some(("fifo", path)) => absolute(path).map(Self::Fifo),
             Some(("file", path)) => absolute(path).map(Self::File),
+            Some((scheme @ ("binary" | "binary-v2"), _)) if stream != "stdin" => {
+                Logger::parse(value, scheme == "binary-v2")
+                    .map(|logger| Self::Logger(Box::new(logger)))
+            }
             Some(_) => None,
         };
         parsed.ok_or_else(|| Error::Stream {
@@ -160,12 +203,20 @@ impl Stdio {
     /// Validates the three paths or URIs of a request; empty means no stream.
     ///
     /// # Errors
-    /// [`Error::Stream`] for a relative path or a scheme that isn't supported.
+    /// [`Error::Stream`] for a relative path or a scheme that isn't supported,
+    /// [`Error::TwoLoggers`].
     pub fn new(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Result<Self, Error> {
         let stderr = Stream::parse("stderr", stderr)?;
+        let stdout = Stream::parse("stdout", stdout)?;
+        if matches!(stderr, Stream::Logger(_)) && stderr != stdout {
+            return Err(Error::TwoLoggers {
+                stdout: stdout.to_string(),
+                value: stderr.to_string(),
+            });
+        }
         Ok(Self {
             stdin: Stream::parse("stdin", stdin)?,
-            stdout: Stream::parse("stdout", stdout)?,
+            stdout,
             stderr: if terminal { Stream::None } else { stderr },
             terminal,
         })

@@ -44,13 +44,33 @@ fn streams_are_paths_or_known_schemes() {
     assert_eq!(stdio.stderr, Stream::File("/var/log/err".into()));
     for invalid in [
         "relative",
-        "binary:///bin/log?x=y",
+        "binary://bin/log?x=y",
         "fifo://relative",
         "http://example",
     ] {
         let error = Stdio::new(invalid, "", "", false).expect_err(invalid);
         assert!(error.to_string().contains(invalid), "{error}");
     }
+}
+
+#[test]
+fn output_can_go_to_a_program() {
+    let uri = "binary:///opt/a%20b/log?_KEY=%2Fvar%2Flog&flag&x=1+2";
+    let stdio = Stdio::new("", uri, uri, false).expect("valid");
+    let Stream::Logger(logger) = &stdio.stdout else {
+        panic!("{stdio:?}");
+    };
+    assert_eq!(logger.program, Path::new("/opt/a b/log"));
+    assert_eq!(logger.args, ["_KEY", "/var/log", "flag", "", "x", "1 2"]);
+    assert!(!logger.speaks);
+    // As containerd asked, for whoever asks containerd.
+    assert_eq!(stdio.stdout.to_string(), uri);
+
+    let other = "binary-v2:///opt/log";
+    let error = Stdio::new("", uri, other, false).expect_err("two programs");
+    assert!(error.to_string().contains(other), "{error}");
+    let error = Stdio::new(uri, "", "", false).expect_err("input from a program");
+    assert!(error.to_string().contains(uri), "{error}");
 }
 
 #[test]

@@ -99,7 +99,7 @@ impl Inner {
         self: &Arc<Self>,
         request: request::Create,
         launched: Launched,
-        streams: Streams,
+        mut streams: Streams,
     ) -> Result<u32, Error> {
         let Launched {
             machine,
@@ -111,6 +111,8 @@ impl Inner {
         let mut ports = Ports::new(first, last);
         let mut init = Entry::new(Process::init(request.stdio.clone()), None);
         let stdio = assign_ports(&mut ports, &mut init, &streams)?;
+        let (namespace, id) = (request.namespace.to_string(), request.id.to_string());
+        start_logger(&*machine, &mut streams, &namespace, &id).await?;
         init.held = attach(&*machine, &stdio, streams).await?;
         progress
             .agent_listens(&*machine, self.timeouts.boot)
@@ -126,7 +128,7 @@ impl Inner {
         create.rootfs = Some(guest.rootfs).into();
         create.spec_json = guest.spec_json;
         create.stdio = Some(stdio).into();
-        let (id, pid) = (request.id.to_string(), machine.pid());
+        let pid = machine.pid();
         let vm = Vm {
             machine,
             agent,
@@ -134,6 +136,7 @@ impl Inner {
         };
         // In place before the guest has it: what the guest reports from now on finds it here.
         *self.slot() = Slot::Taken(Box::new(Container {
+            namespace,
             id: id.clone(),
             bundle: request.bundle,
             rootfs: request.rootfs,
@@ -195,6 +198,26 @@ pub(super) fn assign_ports(
     let outputs = outputs.into_iter().filter(|port| *port != 0);
     entry.process.expect_output(outputs);
     Ok(stdio)
+}
+
+/// Starts the program that reads the output, if that is to be one, and waits until it is ready.
+pub(super) async fn start_logger(
+    machine: &dyn Machine,
+    streams: &mut Streams,
+    namespace: &str,
+    id: &str,
+) -> Result<(), Error> {
+    let Some(logger) = streams.logger.take() else {
+        return Ok(());
+    };
+    let logger = logger.start(namespace, id)?;
+    if let Some(pid) = logger.pid()
+        && let Err(error) = machine.adopt(pid)
+    {
+        logger.kill();
+        return Err(error);
+    }
+    Ok(logger.ready().await?)
 }
 
 /// Hands the files over. The ends the host holds stay with the caller, in the entry.

@@ -72,6 +72,9 @@ pub(super) trait Machine: Send + Sync {
     /// Lets it run on these of the host's processors alone.
     async fn set_cpuset(&self, cpuset: String) -> Result<(), Error>;
 
+    /// Has a process of the host's end with the machine: by itself, or after a while by force.
+    fn adopt(&self, pid: u32) -> Result<(), Error>;
+
     /// Ends it by force; `Event::Ended` follows.
     async fn kill(&self);
 

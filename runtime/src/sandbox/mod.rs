@@ -96,6 +96,8 @@ enum Slot {
 
 /// A container and the machine it lives in.
 struct Container {
+    /// containerd's.
+    namespace: String,
     id: String,
     bundle: PathBuf,
     rootfs: Vec<request::Mount>,

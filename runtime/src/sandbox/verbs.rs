@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use supermachine_protocol as protocol;
 
-use super::create::{assign_ports, attach, detached, end_of};
+use super::create::{assign_ports, attach, detached, end_of, start_logger};
 use super::pause::Signal;
 use super::process::{Process, Status};
 use super::{
@@ -312,9 +312,12 @@ impl Inner {
     }
 
     async fn start_exec(self: &Arc<Self>, vm: &Vm, id: &str, exec_id: &str) -> Result<(), Error> {
-        let (exec, streams, stdio) = self.with(id, |container| {
+        let (exec, mut streams, stdio, namespace) = self.with(id, |container| {
             let Container {
-                processes, ports, ..
+                namespace,
+                processes,
+                ports,
+                ..
             } = container;
             let entry = processes
                 .get_mut(exec_id)
@@ -325,8 +328,9 @@ impl Inner {
                 .ok_or_else(|| Error::state("cannot start a stopped process"))?;
             let streams = stdio::open(&exec.stdio)?;
             let stdio = assign_ports(ports, entry, &streams)?;
-            Ok((exec, streams, stdio))
+            Ok((exec, streams, stdio, namespace.clone()))
         })?;
+        start_logger(&*vm.machine, &mut streams, &namespace, exec_id).await?;
         let held = attach(&*vm.machine, &stdio, streams).await?;
         self.with_process(id, exec_id, |entry, _| {
             entry.held = held;

@@ -375,6 +375,14 @@ impl Machine for Vmm {
         .await
     }
 
+    fn adopt(&self, pid: u32) -> Result<(), Error> {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(ledger), Some(start_time)) = (ledger.as_mut(), ledger::start_time(pid)) {
+            ledger.record(Entry::Logger { pid, start_time })?;
+        }
+        Ok(())
+    }
+
     async fn kill(&self) {
         let process = Arc::clone(&self.process);
         let killed = blocking("killing it", move || {

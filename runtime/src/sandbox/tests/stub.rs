@@ -282,6 +282,10 @@ impl Machine for Guest {
         Ok(())
     }
 
+    fn adopt(&self, _: u32) -> Result<(), Error> {
+        Ok(())
+    }
+
     async fn kill(&self) {
         self.with(|state| state.log.push("killed".to_owned()));
         self.die(true);

@@ -1,9 +1,13 @@
 //! What a container writes, and how it ends.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
-use supermachine_tests::{DEBIAN, sha256};
+use supermachine_tests::{BUSYBOX, DEBIAN, sha256};
 
+use crate::leftovers::leaves_nothing;
 use crate::support::{World, equal};
 
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
@@ -15,6 +19,8 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         world.test("output::stderr_apart", stderr_apart),
         world.test("output::without_newline", without_newline),
         world.test("output::of_a_grandchild", grandchild),
+        world.test("output::to_a_file", to_a_file),
+        world.test("output::to_a_logger", to_a_logger),
         world.test("output::debian", debian),
         world.vm_test("output::kernel_of_its_own", kernel),
     ]
@@ -60,6 +66,43 @@ fn grandchild(world: &World) -> Result<()> {
     let finished = world.host.sh(script)?;
     equal(finished.text().as_str(), "from below\nfrom above\n")?;
     equal(finished.code()?, 4)
+}
+
+const BOTH: [&str; 3] = ["sh", "-c", "echo of stdout; echo of stderr >&2; exit 6"];
+
+fn to_a_file(world: &World) -> Result<()> {
+    let directory = tempfile::tempdir_in(world.files()?)?;
+    let log = directory.path().join("made/log");
+    let uri = format!("file://{}", log.display());
+    let container = world.host.container(BUSYBOX).with_log(&uri);
+    equal(container.detach(&BOTH)?.end()?, 6)?;
+    let said = fs::read_to_string(&log)?;
+    for line in ["of stdout\n", "of stderr\n"] {
+        ensure!(said.contains(line), "no {line:?} in {said:?}");
+    }
+    Ok(())
+}
+
+/// The program is done with the output, and gone, when the task is deleted.
+fn to_a_logger(world: &World) -> Result<()> {
+    let directory = tempfile::tempdir_in(world.files()?)?;
+    // Named so that it counts as a trace.
+    let program = directory.path().join("supermachine-log");
+    let script = "#!/bin/sh\nexec 5>&-\ncat <&4 > $2/err &\ncat <&3 > $2/out\nwait\n\
+                  echo $CONTAINER_NAMESPACE $1 > $2/end\n";
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let folder = directory.path().display();
+    let uri = format!("binary://{}?to={folder}", program.display());
+    leaves_nothing(world, || {
+        let container = world.host.container(BUSYBOX).with_log(&uri);
+        equal(container.detach(&BOTH)?.end()?, 6)
+    })?;
+    let said =
+        |name: &str| fs::read_to_string(directory.path().join(name)).context(name.to_owned());
+    equal(said("out")?.as_str(), "of stdout\n")?;
+    equal(said("err")?.as_str(), "of stderr\n")?;
+    equal(said("end")?.as_str(), "default to\n")
 }
 
 fn debian(world: &World) -> Result<()> {
