@@ -441,6 +441,21 @@ impl Drop for Shim {
     }
 }
 
+/// A connection to the shim of a task, by the bundle containerd made for it.
+///
+/// # Errors
+/// There is no address in it, or nobody listens there.
+pub fn shim_of(bundle: &Path) -> Result<TaskClient> {
+    // containerd 2 keeps what the shim said, containerd 1.7 the address alone.
+    let said = ["bootstrap.json", "address"]
+        .iter()
+        .find_map(|name| fs::read_to_string(bundle.join(name)).ok());
+    let said = said.with_context(|| format!("no shim's address in {}", bundle.display()))?;
+    Ok(TaskClient::new(Client::connect(&socket_address(
+        said.trim(),
+    )?)?))
+}
+
 /// Where a shim says it listens: JSON since containerd 1.7, the bare address before.
 fn socket_address(said: &str) -> Result<String> {
     if said.starts_with("unix://") {

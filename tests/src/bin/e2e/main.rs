@@ -25,6 +25,7 @@ mod output;
 mod process;
 mod refused;
 mod spec;
+mod stats;
 mod support;
 mod terminal;
 mod versions;
@@ -89,6 +90,7 @@ fn run(options: Options) -> Result<ExitCode> {
         exec::tests,
         process::tests,
         limits::tests,
+        stats::tests,
         leftovers::tests,
         refused::tests,
         spec::tests,
