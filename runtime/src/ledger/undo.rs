@@ -84,11 +84,19 @@ fn end_process(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
 }
 
 fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
-    let timeout = Timespec {
-        tv_sec: limit.as_secs() as i64,
-        tv_nsec: limit.subsec_nanos().into(),
-    };
-    Ok(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout))? > 0)
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)) {
+            // The shim hears of its children by a signal.
+            Err(Errno::INTR) => {}
+            other => return Ok(other? > 0),
+        }
+    }
 }
 
 fn remove_cgroup(path: &Path) -> io::Result<()> {
