@@ -16,6 +16,8 @@ mod landlock;
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(target_os = "linux")]
+mod program;
+#[cfg(target_os = "linux")]
 mod root;
 #[cfg(target_os = "linux")]
 mod seccomp;
@@ -30,7 +32,7 @@ pub use linux::{close_inherited, enter, spawn_apart};
 #[cfg(target_os = "linux")]
 pub use seccomp::{
     EXIT_STATUS as SECCOMP_EXIT_STATUS, Filter, REPORT as SECCOMP_REPORT, Rule, Seccomp, When,
-    allow, allow_if,
+    absent, allow, allow_if,
 };
 
 /// One wall around the process. What needs no help of the host (no new privileges, no

@@ -10,16 +10,12 @@
 )]
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
 use serde::{Deserialize, Serialize};
 
+use super::program::{self, Verdict, Verdicts};
 use super::{Refused, step};
 
 /// What is done about a forbidden system call.
@@ -60,12 +56,18 @@ static MODE: AtomicU8 = AtomicU8::new(Seccomp::Off as u8);
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
     call: libc::c_long,
-    /// One of them must hold, if there are any.
-    when: &'static [When],
+    what: What,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum What {
+    Allow,
+    AllowIf(&'static [When]),
+    Absent,
 }
 
 /// A condition on an argument, of which the kernel compares 32 bits.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     /// The argument of this place is this value.
     Is(u8, u32),
@@ -75,12 +77,20 @@ pub enum When {
 
 /// A call that is always allowed.
 pub const fn allow(call: libc::c_long) -> Rule {
-    Rule { call, when: &[] }
+    let what = What::Allow;
+    Rule { call, what }
 }
 
 /// A call that is allowed on one of these conditions.
 pub const fn allow_if(call: libc::c_long, when: &'static [When]) -> Rule {
-    Rule { call, when }
+    let what = What::AllowIf(when);
+    Rule { call, what }
+}
+
+/// A call that this kernel seems not to have (`ENOSYS`), whatever else is said of it.
+pub const fn absent(call: libc::c_long) -> Rule {
+    let what = What::Absent;
+    Rule { call, what }
 }
 
 /// What threads of one kind may do.
@@ -105,45 +115,34 @@ impl Filter {
     /// # Errors
     /// The kernel has no seccomp, or refuses the filter.
     pub fn install(&self) -> io::Result<()> {
-        let action = match mode() {
+        let otherwise = match mode() {
             Seccomp::Off => return Ok(()),
-            Seccomp::Enforce => SeccompAction::Trap,
-            Seccomp::Log => SeccompAction::Log,
+            Seccomp::Enforce => libc::SECCOMP_RET_TRAP,
+            Seccomp::Log => libc::SECCOMP_RET_LOG,
         };
         KIND.set(self.name);
-        apply(&self.compile(action).map_err(io::Error::other)?)
+        let program = program::compile(&self.verdicts(), otherwise);
+        seccompiler::apply_filter(&program).map_err(io::Error::other)
     }
 
-    fn compile(&self, otherwise: SeccompAction) -> Result<BpfProgram, seccompiler::BackendError> {
-        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-        let mut always = Vec::new();
+    fn verdicts(&self) -> Verdicts {
+        let mut verdicts = Verdicts::new();
         for rule in self.tables.iter().copied().flatten() {
-            let alternatives = rules.entry(rule.call).or_default();
-            if rule.when.is_empty() {
-                always.push(rule.call);
-            }
-            for when in rule.when {
-                alternatives.push(SeccompRule::new(vec![when.condition()?])?);
+            let Ok(call) = u32::try_from(rule.call) else {
+                continue;
+            };
+            let verdict = verdicts
+                .entry(call)
+                .or_insert_with(|| Verdict::AllowIf(Vec::new()));
+            match (rule.what, &mut *verdict) {
+                (What::Absent, _) => *verdict = Verdict::Fail(libc::ENOSYS as u16),
+                (_, Verdict::Fail(_) | Verdict::Allow) => {}
+                // It outweighs conditions of another table.
+                (What::Allow, _) => *verdict = Verdict::Allow,
+                (What::AllowIf(conditions), Verdict::AllowIf(all)) => all.extend(conditions),
             }
         }
-        // An unconditional rule of one table outweighs conditions of another.
-        for call in always {
-            rules.insert(call, Vec::new());
-        }
-        let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-        SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?.try_into()
-    }
-}
-
-impl When {
-    fn condition(self) -> Result<SeccompCondition, seccompiler::BackendError> {
-        let (place, operator, value) = match self {
-            Self::Is(place, value) => (place, SeccompCmpOp::Eq, value),
-            Self::Masked(place, mask, value) => {
-                (place, SeccompCmpOp::MaskedEq(u64::from(mask)), value)
-            }
-        };
-        SeccompCondition::new(place, SeccompCmpArgLen::Dword, operator, u64::from(value))
+        verdicts
     }
 }
 
@@ -154,7 +153,7 @@ pub(super) fn begin(mode: Seccomp, filter: &Filter) -> Result<(), Refused> {
     }
     handle_violations().map_err(step("install the handler of SIGSYS"))?;
     MODE.store(mode as u8, Ordering::Relaxed);
-    let installed = no_clone3().and_then(|()| filter.install());
+    let installed = filter.install();
     if installed.is_err() {
         MODE.store(Seccomp::Off as u8, Ordering::Relaxed);
     }
@@ -167,23 +166,6 @@ fn mode() -> Seccomp {
         .into_iter()
         .find(|known| *known as u8 == mode)
         .unwrap_or(Seccomp::Off)
-}
-
-fn apply(program: &BpfProgram) -> io::Result<()> {
-    seccompiler::apply_filter(program).map_err(io::Error::other)
-}
-
-/// No filter can look into the arguments of clone3, so there is none: the C library then takes
-/// clone, whose flags are in a register.
-fn no_clone3() -> io::Result<()> {
-    let absent = SeccompAction::Errno(libc::ENOSYS as u32);
-    let program = TargetArch::try_from(std::env::consts::ARCH)
-        .and_then(|arch| {
-            let rules = [(libc::SYS_clone3, Vec::new())].into();
-            SeccompFilter::new(rules, SeccompAction::Allow, absent, arch)
-        })
-        .and_then(BpfProgram::try_from);
-    apply(&program.map_err(io::Error::other)?)
 }
 
 thread_local! {
