@@ -44,10 +44,14 @@ pub enum Error {
         max: u32,
     },
     /// The amount of memory is out of range.
-    #[error("A VM cannot have {asked} bytes of memory, expected a multiple of 4096 from {min} on")]
+    #[error(
+        "A VM cannot have {asked} bytes of memory, expected a multiple of {step} from {min} on"
+    )]
     MemorySize {
         /// Bytes asked for.
         asked: u64,
+        /// What they must be a multiple of.
+        step: u64,
         /// The least.
         min: u64,
     },

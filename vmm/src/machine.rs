@@ -1,6 +1,7 @@
 //! Assembly and life cycle of a VM.
 
 mod assembly;
+mod board;
 mod devices;
 mod run;
 #[cfg(test)]

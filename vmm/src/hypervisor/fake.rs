@@ -7,7 +7,7 @@ use super::{
     Binding, Caps, Fault, Hypervisor, HypervisorError, IrqLine, Kicker, Vcpu, VcpuExit, VcpuSeed,
     VmBackend,
 };
-use crate::arch::VcpuSetup;
+use crate::arch::{CpuCaps, VcpuSetup};
 use crate::sys::doorbell::Doorbell;
 
 /// One exit of a scripted vCPU.
@@ -51,7 +51,7 @@ pub type Answer = Vec<u8>;
 /// A hypervisor whose vCPUs play the scripts it is given.
 #[derive(Clone, Debug, Default)]
 pub struct Fake {
-    caps: Caps,
+    caps: Caps<CpuCaps>,
     scripts: Vec<Vec<Step>>,
     record: Arc<Mutex<Record>>,
 }
@@ -97,12 +97,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Hypervisor for Fake {
     type Vm = FakeVm;
+    type Cpu = CpuCaps;
 
     fn open() -> Result<Self, HypervisorError> {
         Ok(Self::new(Vec::new()))
     }
 
-    fn caps(&self) -> &Caps {
+    fn caps(&self) -> &Caps<CpuCaps> {
         &self.caps
     }
 
@@ -256,6 +257,7 @@ impl FakeVcpu {
 }
 
 impl Vcpu for FakeVcpu {
+    type Setup = VcpuSetup;
     /// How many steps it has played.
     type State = usize;
 

@@ -15,7 +15,6 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::arch::VcpuSetup;
 use crate::sys::doorbell::Doorbell;
 
 /// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
@@ -29,6 +28,8 @@ pub type Host = kvm::Kvm;
 pub trait Hypervisor: Sized {
     /// The VMs it makes.
     type Vm: VmBackend;
+    /// What vCPUs can be told they are.
+    type Cpu: Default;
 
     /// Opens the host's hypervisor and checks that it can do all that is asked of it here.
     ///
@@ -37,7 +38,7 @@ pub trait Hypervisor: Sized {
     fn open() -> Result<Self, HypervisorError>;
 
     /// What it offers.
-    fn caps(&self) -> &Caps;
+    fn caps(&self) -> &Caps<Self::Cpu>;
 
     /// Makes an empty VM with its interrupt controllers.
     ///
@@ -48,11 +49,11 @@ pub trait Hypervisor: Sized {
 
 /// What a hypervisor offers, read once.
 #[derive(Clone, Debug, Default)]
-pub struct Caps {
+pub struct Caps<C> {
     /// vCPUs in one VM at most.
     pub max_vcpus: u32,
     /// What vCPUs can be told they are.
-    pub cpu: crate::arch::CpuCaps,
+    pub cpu: C,
 }
 
 /// A VM of the hypervisor: address space, interrupt lines, vCPUs.
@@ -158,6 +159,8 @@ pub trait VcpuSeed: Send + 'static {
 
 /// A vCPU on its own thread.
 pub trait Vcpu {
+    /// The state it starts in: its architecture's.
+    type Setup: Clone + Send + 'static;
     /// Everything it holds.
     type State: State;
 
@@ -165,7 +168,7 @@ pub trait Vcpu {
     ///
     /// # Errors
     /// The call the host refused.
-    fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError>;
+    fn boot(&mut self, setup: &Self::Setup) -> Result<(), HypervisorError>;
 
     /// Reads everything it holds. The answer to its last exit is given to the guest first.
     ///
@@ -201,6 +204,15 @@ pub trait IrqLine: Send + Sync + 'static {
     fn set(&self, high: bool);
     /// Raises an edge.
     fn pulse(&self);
+    /// A virtio device has news: an edge, or where the guest is told of levels, a high one.
+    fn raise(&self) {
+        self.pulse();
+    }
+    /// The driver has acknowledged. Where lines are levels, this one goes low, and the answer is
+    /// that whoever has more news must raise it again; an edge needs nothing.
+    fn lower(&self) -> bool {
+        false
+    }
 }
 
 /// Why a vCPU came out of the guest.

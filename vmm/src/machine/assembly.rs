@@ -6,17 +6,17 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
 
+use super::board;
 use super::devices::{DeviceSet, Devices, Handles};
 use super::run::{self, Running};
-use crate::arch::VcpuSetup;
-use crate::arch::current::{self, BootSource, KernelImage, MIN_MEMORY, Platform, layout};
+use crate::arch::current::{
+    self, BootSource, KernelImage, MEMORY_STEP, MIN_MEMORY, Platform, layout,
+};
+use crate::arch::{CpuCaps, VcpuSetup};
 use crate::config::VmConfig;
-use crate::devices::bus::Bus;
-use crate::devices::power::{KeyboardReset, PowerRegisters};
-use crate::devices::serial::Com1;
 use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use crate::error::Error;
-use crate::hypervisor::{Hypervisor, IrqLine, VmBackend};
+use crate::hypervisor::{Hypervisor, Vcpu, VcpuSeed, VmBackend};
 use crate::memory::GuestMemory;
 use crate::sys::{random, threads};
 use crate::vcpu::Buses;
@@ -41,17 +41,21 @@ pub(super) fn check(config: &VmConfig) -> Result<KernelImage, Error> {
             max: current::MAX_VCPUS,
         });
     }
-    if config.memory < MIN_MEMORY || !config.memory.is_multiple_of(4096) {
+    if config.memory < MIN_MEMORY || !config.memory.is_multiple_of(MEMORY_STEP) {
         return Err(Error::MemorySize {
             asked: config.memory,
+            step: MEMORY_STEP,
             min: MIN_MEMORY,
         });
     }
     Ok(KernelImage::recognise(&config.kernel)?)
 }
 
-impl<B: VmBackend> Assembly<B> {
-    pub(super) fn new<H: Hypervisor<Vm = B>>(
+impl<B> Assembly<B>
+where
+    B: VmBackend<Seed: VcpuSeed<Vcpu: Vcpu<Setup = VcpuSetup>>>,
+{
+    pub(super) fn new<H: Hypervisor<Vm = B, Cpu = CpuCaps>>(
         hypervisor: &H,
         mut config: VmConfig,
         kernel: &KernelImage,
@@ -66,7 +70,7 @@ impl<B: VmBackend> Assembly<B> {
         let memory = GuestMemory::anonymous(&layout::ram_ranges(config.memory))?;
         let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
         let handles = set.add_configured(&mut config)?;
-        let mut seed = [0; 32];
+        let mut seed = [0; current::SEED_LEN];
         random::fill(&mut seed).map_err(Error::Entropy)?;
         let source = BootSource {
             kernel,
@@ -75,11 +79,8 @@ impl<B: VmBackend> Assembly<B> {
             command_line: &config.cmdline,
             seed,
         };
-        let platform = Platform {
-            vcpus: config.vcpus,
-            virtio_devices: set.len(),
-            com1: config.serial.is_some(),
-        };
+        let serial = config.serial.is_some();
+        let platform = Platform::new(&caps.cpu, config.vcpus, set.len(), serial);
         // KVM makes a VM in a grace period of its host's kernel, some 10 ms of waiting. Another
         // thread fills guest RAM meanwhile; not the other way round, lest on a busy host the
         // waiting start late.
@@ -101,7 +102,7 @@ impl<B: VmBackend> Assembly<B> {
             unsafe { backend.map(slot, guest.0, host, len) }?;
         }
         let mut buses = Buses::default();
-        add_pc_devices(&backend, &mut buses.pio, config.serial.take())?;
+        board::attach(&backend, &mut buses, config.serial.take())?;
         let devices = set.attach(&backend, &mut buses.mmio)?;
 
         let seeds = (0..config.vcpus)
@@ -130,26 +131,6 @@ impl<B: VmBackend> Assembly<B> {
             keep: Box::new((self.backend, self.memory)),
         })
     }
-}
-
-/// Power registers, the keyboard controller's reset, and COM1 if its log goes anywhere.
-fn add_pc_devices<B: VmBackend>(
-    backend: &B,
-    pio: &mut Bus,
-    serial: Option<std::os::fd::OwnedFd>,
-) -> Result<(), Error> {
-    let ports = u64::from(layout::POWER_PORTS);
-    pio.insert(u64::from(layout::POWER), ports, Arc::new(PowerRegisters))?;
-    pio.insert(u64::from(layout::I8042_COMMAND), 1, Arc::new(KeyboardReset))?;
-    let Some(sink) = serial else { return Ok(()) };
-    let line = backend.irq_line(layout::COM1_PIN)?;
-    let com1 = Com1::new(sink, Box::new(move || line.pulse()));
-    pio.insert(
-        u64::from(layout::COM1),
-        u64::from(layout::COM1_PORTS),
-        Arc::new(com1),
-    )?;
-    Ok(())
 }
 
 /// The address whose 32-bit writes ring the doorbells of the device in `slot`.

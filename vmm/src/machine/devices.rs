@@ -116,12 +116,14 @@ impl DeviceSet {
         }
         let mut transports = Vec::with_capacity(self.devices.len());
         for (slot, (device, reactor)) in (0..).zip(self.devices) {
-            let line = backend.irq_line(layout::virtio_pin(slot))?;
+            let line = Arc::new(backend.irq_line(layout::virtio_pin(slot))?);
+            let lowered = Arc::clone(&line);
             let id = device.id().to_owned();
             let parts = MmioParts {
                 memory: self.memory.clone(),
                 reactor,
-                raise: Box::new(move || line.pulse()),
+                raise: Box::new(move || line.raise()),
+                lower: Box::new(move || lowered.lower()),
                 observer: Arc::clone(&self.observer),
             };
             let transport = MmioTransport::new(device, parts).map_err(refused(&id))?;

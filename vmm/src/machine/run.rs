@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::devices::{Devices, Handles};
-use crate::arch::VcpuSetup;
 use crate::error::{Error, PauseError};
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, Kicker, Vcpu, VcpuSeed};
@@ -18,9 +17,12 @@ use crate::vcpu::{self, Buses, Gate};
 /// How long to wait for vCPUs to come out before they are kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
 
+/// The state a seed's vCPU starts in.
+type Setup<S> = <<S as VcpuSeed>::Vcpu as Vcpu>::Setup;
+
 /// What vCPU threads are started from.
-pub(super) struct Parts<S> {
-    pub(super) vcpus: Vec<(S, VcpuSetup)>,
+pub(super) struct Parts<S: VcpuSeed> {
+    pub(super) vcpus: Vec<(S, Setup<S>)>,
     pub(super) buses: Arc<Buses>,
     pub(super) devices: Devices,
     pub(super) handles: Handles,
@@ -146,7 +148,7 @@ struct Thread {
 }
 
 impl Thread {
-    fn run<S: VcpuSeed>(self, seed: S, setup: &VcpuSetup, buses: &Buses) {
+    fn run<S: VcpuSeed>(self, seed: S, setup: &Setup<S>, buses: &Buses) {
         // Counts this vCPU out whatever happens: also when a device panics below it.
         let mut out = CountOut {
             shared: &self.shared,

@@ -10,9 +10,11 @@
 mod driver;
 mod guest;
 pub mod hostile;
+mod kernel;
 mod rig;
 pub mod suite;
 
 pub use driver::{DriverQueue, Used, flags};
 pub use guest::{Buffer, Guest};
+pub use kernel::load_kernel;
 pub use rig::Rig;

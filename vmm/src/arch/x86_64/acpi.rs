@@ -15,8 +15,8 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::kernel::LoadError;
-use super::layout;
+use super::{CpuCaps, layout};
+use crate::arch::image::LoadError;
 use crate::memory::GuestMemory;
 
 const OEM: [u8; 6] = *b"SUPERM";
@@ -41,6 +41,16 @@ pub(crate) struct Platform {
     pub(crate) vcpus: u32,
     pub(crate) virtio_devices: u32,
     pub(crate) com1: bool,
+}
+
+impl Platform {
+    pub(crate) fn new(_: &CpuCaps, vcpus: u32, virtio_devices: u32, com1: bool) -> Self {
+        Self {
+            vcpus,
+            virtio_devices,
+            com1,
+        }
+    }
 }
 
 /// Writes all tables; answers where the RSDP is.
@@ -94,7 +104,8 @@ impl Place<'_> {
         table.to_aml_bytes(&mut bytes);
         let available = usize::try_from(layout::ACPI_END - address.0).unwrap_or(0);
         if bytes.len() > available {
-            return Err(LoadError::AcpiTables {
+            return Err(LoadError::Tables {
+                tables: "ACPI tables",
                 needed: bytes.len(),
                 available,
             });

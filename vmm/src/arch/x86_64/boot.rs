@@ -5,8 +5,9 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::acpi::RESET_VALUE;
-use super::kernel::{LoadError, LoadedKernel};
-use super::layout;
+use super::kernel::LoadedKernel;
+use super::{SEED_LEN, layout};
+use crate::arch::image::LoadError;
 use crate::memory::GuestMemory;
 
 /// Selectors boot.rst asks for: `__BOOT_CS` and `__BOOT_DS`.
@@ -34,7 +35,6 @@ const PROTOCOL: u16 = 0x020f;
 const COMMAND_LINE_SIZE: usize = 2048;
 /// `setup_data` type: entropy for the kernel's generator.
 const SETUP_RNG_SEED: u32 = 9;
-const SEED_LEN: usize = 32;
 
 /// How the boot processor starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

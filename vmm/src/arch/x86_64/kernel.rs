@@ -1,112 +1,23 @@
 //! Recognising a kernel image, and loading it with its initramfs.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::bootparam::setup_header;
 use linux_loader::elf::{ELFCLASS64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::layout;
+use crate::arch::image::{self, HEAD, KernelError, Kind, LoadError};
 use crate::memory::GuestMemory;
 
-/// `HdrS` (Documentation/arch/x86/boot.rst).
-const BZIMAGE_MAGIC: u32 = 0x5372_6448;
 /// Boot protocol 2.12 has xloadflags.
 const BZIMAGE_VERSION: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 const EM_X86_64: u16 = 62;
 /// The 64-bit entry point of a bzImage lies this far into its protected-mode part.
 const BZIMAGE_ENTRY_64: u64 = 0x200;
-
-/// What is wrong with a kernel image.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelError {
-    /// It cannot be read.
-    #[error("Cannot read the kernel image")]
-    Read(#[from] io::Error),
-    /// It is for another processor.
-    #[error("Kernel image is for {found}, expected x86_64")]
-    WrongArchitecture {
-        /// The processor it is for.
-        found: String,
-    },
-    /// It ends before what its headers promise.
-    #[error("Kernel image is truncated: its {what} ends at byte {needed}, the file has {found}")]
-    Truncated {
-        /// The part that is cut off.
-        what: &'static str,
-        /// Bytes the file should have at least.
-        needed: u64,
-        /// Bytes it has.
-        found: u64,
-    },
-    /// It is something else.
-    #[error("Kernel image is {found}, expected an ELF vmlinux or a bzImage")]
-    Format {
-        /// What it looks like.
-        found: String,
-    },
-    /// It is a bzImage that cannot be entered in 64-bit mode.
-    #[error("Kernel image has no 64-bit entry point (boot protocol {version:#06x})")]
-    No64BitEntry {
-        /// Its boot protocol version.
-        version: u16,
-    },
-    /// It cannot be placed where it says.
-    #[error("Kernel image wants {start:#x}..{end:#x}, which is not free guest RAM from 1 MiB on")]
-    Placement {
-        /// First guest address.
-        start: u64,
-        /// End of the range.
-        end: u64,
-    },
-    /// The loader refused it all the same.
-    #[error("Kernel image refused: {0}")]
-    Loader(linux_loader::loader::Error),
-}
-
-/// Why kernel and initramfs could not be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The kernel image is at fault.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The initramfs cannot be read.
-    #[error("Cannot read the initramfs")]
-    Initramfs(#[source] io::Error),
-    /// There is not enough RAM below the hole.
-    #[error(
-        "Guest memory is too small: kernel and initramfs need {needed} bytes, {available} are there"
-    )]
-    MemoryTooSmall {
-        /// Bytes needed below 3 GiB.
-        needed: u64,
-        /// Bytes there.
-        available: u64,
-    },
-    /// The command line is longer than the kernel takes.
-    #[error("Kernel command line has {len} bytes, at most {max} fit")]
-    CommandLine {
-        /// Its bytes.
-        len: usize,
-        /// The most that fit.
-        max: usize,
-    },
-    /// The firmware tables outgrew their place.
-    #[error("ACPI tables need {needed} bytes, {available} are there")]
-    AcpiTables {
-        /// Bytes needed.
-        needed: usize,
-        /// Bytes there.
-        available: usize,
-    },
-    /// A write into guest RAM failed.
-    #[error("Cannot write to guest memory")]
-    Memory(#[from] vm_memory::GuestMemoryError),
-}
 
 /// A kernel image of a known kind, its headers checked against the file's length.
 #[derive(Debug)]
@@ -131,48 +42,21 @@ impl KernelImage {
     /// Looks at the headers of `file`.
     pub(crate) fn recognise(file: &File) -> Result<Self, KernelError> {
         let len = file.metadata()?.len();
-        // Both headers, the arm64 and RISC-V magics, and those of compressed files lie in here.
-        let mut head = [0; 0x300];
-        let have = read_up_to(file, &mut head)?;
-        let magic = |at: usize, bytes: &[u8]| head[..have].get(at..at + bytes.len()) == Some(bytes);
-
-        if magic(0, b"\x7fELF") {
-            return Self::recognise_elf(file, len);
+        let head = image::head(file)?;
+        match Kind::of(&head) {
+            Some(Kind::Elf) => Self::recognise_elf(file, len),
+            Some(Kind::BzImage) => Self::recognise_bzimage(&head, len),
+            Some(other) => Err(wrong_architecture(other.describe())),
+            None if head.starts_with(b"MZ") && head.len() < HEAD => Err(KernelError::Truncated {
+                what: "setup header",
+                needed: HEAD as u64,
+                found: len,
+            }),
+            None => Err(KernelError::Format {
+                found: image::describe(&head),
+                expected: "an ELF vmlinux or a bzImage",
+            }),
         }
-        // An arm64 Image (Documentation/arch/arm64/booting.rst) and a RISC-V one carry their magic
-        // here, also when they start with the MZ of an EFI stub.
-        if magic(0x38, b"ARM\x64") {
-            return Err(KernelError::WrongArchitecture {
-                found: "arm64 (an Image)".into(),
-            });
-        }
-        if magic(0x38, b"RSC\x05") {
-            return Err(KernelError::WrongArchitecture {
-                found: "RISC-V (an Image)".into(),
-            });
-        }
-        if magic(0x202, &BZIMAGE_MAGIC.to_le_bytes()) {
-            return Self::recognise_bzimage(&head[..have], len);
-        }
-        let found = match &head[..have] {
-            [] => "empty".into(),
-            [0x1f, 0x8b, ..] => "a gzip file".into(),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => "a zstd file".into(),
-            [0xfd, b'7', b'z', b'X', b'Z', ..] => "an xz file".into(),
-            [b'M', b'Z', ..] if have < head.len() => {
-                return Err(KernelError::Truncated {
-                    what: "setup header",
-                    needed: head.len() as u64,
-                    found: len,
-                });
-            }
-            [b'M', b'Z', ..] => "an EFI program without a Linux setup header".into(),
-            start => format!(
-                "a file that starts with {:02x?}",
-                &start[..start.len().min(4)]
-            ),
-        };
-        Err(KernelError::Format { found })
     }
 
     fn recognise_elf(file: &File, len: u64) -> Result<Self, KernelError> {
@@ -190,9 +74,7 @@ impl KernelImage {
         let class = header.e_ident[4];
         let (machine, entry) = (header.e_machine, header.e_entry);
         if machine != EM_X86_64 || class != ELFCLASS64 {
-            return Err(KernelError::WrongArchitecture {
-                found: machine_name(machine, class),
-            });
+            return Err(wrong_architecture(&machine_name(machine, class)));
         }
         let entry_len = size_of::<Elf64_Phdr>() as u64;
         let table = header.e_phoff;
@@ -218,6 +100,7 @@ impl KernelImage {
         if end == 0 {
             return Err(KernelError::Format {
                 found: "an ELF file without segments".into(),
+                expected: "an ELF vmlinux or a bzImage",
             });
         }
         if start < layout::HIGH_RAM || end > layout::HOLE || !(start..end).contains(&entry) {
@@ -288,13 +171,13 @@ impl KernelImage {
         }
         let (loaded, entry) = match self {
             Self::Elf { .. } => {
-                let loaded = Elf::load(memory, None, file, None).map_err(KernelError::Loader)?;
+                let loaded = Elf::load(memory, None, file, None).map_err(refused)?;
                 let entry = loaded.kernel_load.0;
                 (loaded, entry)
             }
             Self::BzImage { load, .. } => {
                 let loaded = BzImage::load(memory, Some(GuestAddress(*load)), file, None)
-                    .map_err(KernelError::Loader)?;
+                    .map_err(refused)?;
                 (loaded, load + BZIMAGE_ENTRY_64)
             }
         };
@@ -313,23 +196,11 @@ pub(crate) fn load_initramfs(
     kernel: &LoadedKernel,
     file: &mut File,
 ) -> Result<(u64, u64), LoadError> {
-    let size = file.metadata().map_err(LoadError::Initramfs)?.len();
     let reach = kernel
         .header
         .map_or(u64::MAX, |header| u64::from(header.initrd_addr_max) + 1);
-    let available = low_ram(memory).min(reach);
-    let start = available
-        .checked_sub(size)
-        .map_or(0, |start| start & !0xfff);
-    if start < kernel.end {
-        let needed = kernel.end.saturating_add(size.next_multiple_of(4096));
-        return Err(LoadError::MemoryTooSmall { needed, available });
-    }
-    let bytes = usize::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge));
-    let bytes = bytes.map_err(LoadError::Initramfs)?;
-    io::Seek::rewind(file).map_err(LoadError::Initramfs)?;
-    memory.read_exact_volatile_from(GuestAddress(start), file, bytes)?;
-    Ok((start, size))
+    let end = low_ram(memory).min(reach);
+    image::load_initramfs(memory, 0, kernel.end.min(end)..end, file)
 }
 
 /// End of the RAM below the hole.
@@ -339,17 +210,15 @@ fn low_ram(memory: &GuestMemory) -> u64 {
         .map_or(0, GuestMemoryRegion::len)
 }
 
-fn read_up_to(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut have = 0;
-    while have < buffer.len() {
-        match file.read_at(&mut buffer[have..], have as u64) {
-            Ok(0) => break,
-            Ok(read) => have += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+fn refused(error: linux_loader::loader::Error) -> KernelError {
+    KernelError::Loader(Box::new(error))
+}
+
+fn wrong_architecture(found: &str) -> KernelError {
+    KernelError::WrongArchitecture {
+        found: found.into(),
+        expected: "x86_64",
     }
-    Ok(have)
 }
 
 /// The processor an ELF header names.

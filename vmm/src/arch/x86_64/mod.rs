@@ -17,14 +17,19 @@ pub(crate) use boot::write_tables;
 pub(crate) use boot::{CODE_SELECTOR, DATA_SELECTOR, GDT};
 pub use cpuid::Leaf;
 pub(crate) use kernel::KernelImage;
-pub use kernel::{KernelError, LoadError};
 
+use crate::arch::image::LoadError;
 use crate::memory::GuestMemory;
 
 /// vCPUs at most: APIC id 255 means everybody, and 254 is where xAPIC-only guests stop.
 pub(crate) const MAX_VCPUS: u32 = 254;
 /// RAM at least: the kernel's own place and what firmware keeps below 1 MiB.
 pub(crate) const MIN_MEMORY: u64 = 32 << 20;
+
+/// Bytes of entropy a boot takes.
+pub(crate) const SEED_LEN: usize = 32;
+/// RAM comes in pages.
+pub(crate) const MEMORY_STEP: u64 = 4096;
 
 /// Goes before the command line, so that a caller's own word on it comes later: there is no PCI, and
 /// a kernel that looks for it makes hundreds of exits.
@@ -54,7 +59,7 @@ pub(crate) struct BootSource<'a> {
     pub(crate) kernel_file: &'a mut File,
     pub(crate) initramfs: Option<&'a mut File>,
     pub(crate) command_line: &'a str,
-    pub(crate) seed: [u8; 32],
+    pub(crate) seed: [u8; SEED_LEN],
 }
 
 /// Fills guest RAM with everything the boot processor needs; answers where it starts.

@@ -24,17 +24,22 @@ pub(super) struct Lines {
     /// Device status.
     pub(super) status: AtomicU32,
     raise: Box<dyn Fn() + Send + Sync>,
+    lower: Box<dyn Fn() -> bool + Send + Sync>,
     used_raised: AtomicU64,
     config_raised: AtomicU64,
 }
 
 impl Lines {
-    pub(super) fn new(raise: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
+    pub(super) fn new(
+        raise: Box<dyn Fn() + Send + Sync>,
+        lower: Box<dyn Fn() -> bool + Send + Sync>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             interrupt_status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             status: AtomicU32::new(0),
             raise,
+            lower,
             used_raised: AtomicU64::new(0),
             config_raised: AtomicU64::new(0),
         })
@@ -45,6 +50,15 @@ impl Lines {
     fn signal(&self, cause: u32) {
         self.interrupt_status.fetch_or(cause, Ordering::SeqCst);
         (self.raise)();
+    }
+
+    /// The driver has seen `causes`. A level goes low before the status is looked at again: of a
+    /// cause that comes meanwhile, one of the two sides raises it.
+    pub(super) fn acknowledge(&self, causes: u32) {
+        self.interrupt_status.fetch_and(!causes, Ordering::SeqCst);
+        if (self.lower)() && self.interrupt_status.load(Ordering::SeqCst) != 0 {
+            (self.raise)();
+        }
     }
 }
 
@@ -62,7 +76,7 @@ impl Interrupt {
     /// An interrupt that only counts.
     #[cfg(any(test, feature = "testing"))]
     pub fn recording() -> Self {
-        Self::new(Lines::new(Box::new(|| ())))
+        Self::new(Lines::new(Box::new(|| ()), Box::new(|| false)))
     }
 
     /// Interrupts for used buffers if the driver asked for it; answers whether it did.

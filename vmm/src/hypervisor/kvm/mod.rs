@@ -20,6 +20,7 @@ use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Binding, Caps, Hypervisor, HypervisorError, VmBackend};
+use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
 use x86_64::Extent;
 
@@ -46,7 +47,7 @@ const NEEDED: [(Cap, &str); 8] = [
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
-    caps: Caps,
+    caps: Caps<CpuCaps>,
     extent: Arc<Extent>,
 }
 
@@ -79,12 +80,13 @@ impl Kvm {
 
 impl Hypervisor for Kvm {
     type Vm = KvmVm;
+    type Cpu = CpuCaps;
 
     fn open() -> Result<Self, HypervisorError> {
         Self::open_at(Path::new(DEVICE))
     }
 
-    fn caps(&self) -> &Caps {
+    fn caps(&self) -> &Caps<CpuCaps> {
         &self.caps
     }
 

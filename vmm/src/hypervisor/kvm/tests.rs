@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::arch::VcpuSetup;
 use crate::arch::current::{self, layout};
+use crate::arch::{CpuCaps, VcpuSetup};
 use crate::hypervisor::{IrqLine, Kicker, Vcpu, VcpuExit, VcpuSeed};
 use crate::memory::GuestMemory;
 
@@ -123,7 +123,7 @@ struct Fixture {
     // Before the memory it maps.
     vm: KvmVm,
     memory: GuestMemory,
-    caps: Caps,
+    caps: Caps<CpuCaps>,
 }
 
 impl Fixture {

@@ -97,6 +97,7 @@ impl KvmVcpu {
 }
 
 impl Vcpu for KvmVcpu {
+    type Setup = VcpuSetup;
     type State = VcpuState;
 
     fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError> {

@@ -70,6 +70,9 @@ pub struct MmioParts {
     pub reactor: ReactorHandle,
     /// Raises the device's interrupt.
     pub raise: Box<dyn Fn() + Send + Sync>,
+    /// Lowers it when the driver has acknowledged; answers whether it is a level, which is to be
+    /// raised again for news that are left.
+    pub lower: Box<dyn Fn() -> bool + Send + Sync>,
     /// Hears of the device's faults.
     pub observer: Arc<FaultObserver>,
 }
@@ -112,7 +115,7 @@ impl MmioTransport {
     /// # Errors
     /// When a doorbell cannot be made.
     pub fn new(device: Box<dyn VirtioDevice>, parts: MmioParts) -> std::io::Result<Self> {
-        let lines = Lines::new(parts.raise);
+        let lines = Lines::new(parts.raise, parts.lower);
         let sizes = device.queue_max_sizes();
         let doorbells = sizes
             .iter()
@@ -197,9 +200,7 @@ impl MmioTransport {
                 return;
             }
             INTERRUPT_ACK => {
-                self.lines
-                    .interrupt_status
-                    .fetch_and(!value, Ordering::SeqCst);
+                self.lines.acknowledge(value);
                 return;
             }
             _ => {}
@@ -291,7 +292,7 @@ impl MmioTransport {
             // A ring of the past is not for the next driver.
             let _ = doorbell.clear();
         }
-        self.lines.interrupt_status.store(0, Ordering::SeqCst);
+        self.lines.acknowledge(u32::MAX);
         self.lines.status.store(0, Ordering::SeqCst);
     }
 }

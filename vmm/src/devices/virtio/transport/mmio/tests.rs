@@ -89,22 +89,34 @@ struct Fixture {
     transport: MmioTransport,
     log: Log,
     edges: Arc<AtomicUsize>,
+    lowered: Arc<AtomicUsize>,
     faults: Arc<Mutex<Vec<(String, String)>>>,
     _reactor: Reactor,
 }
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_lines(false)
+    }
+
+    /// A device whose interrupts are edges, or levels.
+    fn with_lines(levels: bool) -> Self {
         let log = Log::default();
         let edges = Arc::new(AtomicUsize::new(0));
         let faults = Arc::new(Mutex::new(Vec::new()));
         let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
         let (counter, list) = (Arc::clone(&edges), Arc::clone(&faults));
+        let lowered = Arc::new(AtomicUsize::new(0));
+        let lower = Arc::clone(&lowered);
         let parts = MmioParts {
             memory: GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap(),
             reactor: reactor.handle(),
             raise: Box::new(move || {
                 counter.fetch_add(1, Ordering::SeqCst);
+            }),
+            lower: Box::new(move || {
+                lower.fetch_add(1, Ordering::SeqCst);
+                levels
             }),
             observer: Arc::new(move |device, reason| {
                 list.lock()
@@ -117,6 +129,7 @@ impl Fixture {
             transport,
             log,
             edges,
+            lowered,
             faults,
             _reactor: reactor,
         }
@@ -400,6 +413,26 @@ fn interrupt_bits_stay_until_they_are_acknowledged() {
     assert_eq!(fixture.read(INTERRUPT_STATUS), 2);
     fixture.write(INTERRUPT_ACK, 2);
     assert_eq!(fixture.read(INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn a_level_goes_low_on_acknowledgement_and_high_again_for_what_is_left() {
+    for (levels, edges) in [(false, 2), (true, 3)] {
+        let fixture = Fixture::with_lines(levels);
+        fixture.start();
+        let activation = fixture.log.activation.lock().unwrap();
+        let interrupt = activation.as_ref().unwrap().interrupt.clone();
+        drop(activation);
+        let lowered = || fixture.lowered.load(Ordering::SeqCst);
+        let before = lowered();
+        interrupt.config();
+        interrupt.config();
+        fixture.write(INTERRUPT_ACK, 1);
+        assert_eq!(fixture.edges.load(Ordering::SeqCst), edges, "one is left");
+        fixture.write(INTERRUPT_ACK, 2);
+        assert_eq!(lowered() - before, 2);
+        assert_eq!(fixture.edges.load(Ordering::SeqCst), edges, "none is left");
+    }
 }
 
 #[test]
