@@ -21,6 +21,7 @@ mod identity;
 mod limits;
 mod log;
 mod oom;
+mod partition;
 mod platform;
 mod process;
 mod pump;

@@ -12,9 +12,11 @@ use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use nix::libc;
-use supermachine_protocol::AGENT_CONSOLE_NAME;
+use supermachine_protocol::{AGENT_CONSOLE_NAME, Partition};
 
 use crate::error::Error;
+use crate::partition::check_bounds;
+use crate::sys;
 use crate::uevent::Uevents;
 
 /// One end of a stream to the host; non-blocking.
@@ -41,8 +43,11 @@ pub trait Platform: Send + Sync + 'static {
     /// Opens console port `port` for stdio.
     async fn open_port(&self, port: u32) -> Result<Port, Error>;
 
-    /// Finds the disk with this serial.
+    /// Finds the disk with this serial, or the partition with this name.
     async fn find_disk(&self, serial: &str) -> Result<Disk, Error>;
+
+    /// Makes these parts of the disk with this serial disks of their own.
+    async fn partition(&self, serial: &str, partitions: &[&Partition]) -> Result<(), Error>;
 }
 
 /// The devices of a supermachine guest.
@@ -51,7 +56,7 @@ pub(crate) struct Guest {
     uevents: Uevents,
     /// "/dev/vport0p": the ports of the console device, before their number.
     ports: String,
-    /// Serials already read: each reading is a request to the device.
+    /// Devices by serial, each read once as that is a request to the device; partitions by name.
     disks: Mutex<HashMap<String, String>>,
 }
 
@@ -116,6 +121,27 @@ impl Platform for Guest {
             .await
             .map(Disk::Device)
             .ok_or_else(|| Error::not_found("disk", serial))
+    }
+
+    async fn partition(&self, serial: &str, partitions: &[&Partition]) -> Result<(), Error> {
+        let find = || self.lookup_disk(serial);
+        let device = self.uevents.find(find).await;
+        let device = device.ok_or_else(|| Error::not_found("disk", serial))?;
+        let disk = fs::File::open(&device).map_err(Error::file("open", &device))?;
+        let size = sys::partition::device_size(&disk).map_err(Error::file("measure", &device))?;
+        let name = device.file_name().unwrap_or_default().to_string_lossy();
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, partition) in (1_u32..).zip(partitions) {
+            check_bounds(partition, size)?;
+            if disks.contains_key(&partition.name) {
+                let name = partition.name.clone();
+                return Err(Error::Exists { kind: "disk", name });
+            }
+            sys::partition::add(&disk, number, partition.offset, partition.length)
+                .map_err(Error::file("partition", &device))?;
+            disks.insert(partition.name.clone(), format!("{name}{number}"));
+        }
+        Ok(())
     }
 }
 

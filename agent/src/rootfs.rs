@@ -2,13 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use supermachine_protocol::{OverlayRootfs, Rootfs, SingleDisk, is_disk_serial, rootfs};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, chdir, chown};
+use supermachine_protocol::{Directory, OverlayRootfs, Rootfs, SingleDisk, is_disk_serial, rootfs};
 
 use crate::error::Error;
+use crate::partition;
 use crate::platform::{Disk, Platform};
 
 /// Mounted layers, shared by all containers that name the same disk.
@@ -48,11 +52,19 @@ impl Layers {
             mounts: Vec::new(),
             layers: Vec::new(),
         };
+        for (disk, partitions) in partition::by_disk(&rootfs.partitions)? {
+            platform.partition(disk, &partitions).await?;
+        }
+        let directories = &rootfs.directories;
         let result = match &rootfs.kind {
             Some(rootfs::Kind::Overlay(overlay)) => {
-                self.overlay(platform, overlay, directory, &mut made).await
+                let writable = directory.join("writable");
+                self.overlay(platform, overlay, directories, &writable, &mut made)
+                    .await
             }
-            Some(rootfs::Kind::SingleDisk(disk)) => single(platform, disk, &mut made).await,
+            Some(rootfs::Kind::SingleDisk(disk)) => {
+                single(platform, disk, directories, directory, &mut made).await
+            }
             Some(_) | None => Err(Error::invalid("rootfs", "its kind is missing or unknown")),
         };
         match result {
@@ -68,7 +80,8 @@ impl Layers {
         &self,
         platform: &dyn Platform,
         overlay: &OverlayRootfs,
-        directory: &Path,
+        directories: &[Directory],
+        writable: &Path,
         made: &mut Assembled,
     ) -> Result<(), Error> {
         if overlay.lower_disks.is_empty() {
@@ -77,13 +90,14 @@ impl Layers {
         let mut lowers = Vec::with_capacity(overlay.lower_disks.len());
         for serial in &overlay.lower_disks {
             let disk = find(platform, serial).await?;
-            lowers.push(self.mount_layer(serial, &disk, made)?);
+            self.mount_layer(serial, &disk, made)?;
+            lowers.push(serial);
         }
         create(&made.path)?;
         if overlay.writable_disk.is_empty() && overlay.read_only && lowers.len() == 1 {
             // Overlayfs wants two layers where nothing is writable.
             return made.mount(
-                Some(&lowers[0]),
+                Some(&self.directory.join(lowers[0])),
                 None,
                 MsFlags::MS_BIND | MsFlags::MS_RDONLY,
                 "",
@@ -94,12 +108,11 @@ impl Layers {
             if index > 0 {
                 options.push(':');
             }
-            options.push_str(&lower.to_string_lossy());
+            options.push_str(lower);
         }
         if !(overlay.read_only && overlay.writable_disk.is_empty()) {
-            let writable = directory.join("writable");
-            create(&writable)?;
-            let root = std::mem::replace(&mut made.path, writable.clone());
+            create(writable)?;
+            let root = std::mem::replace(&mut made.path, writable.to_path_buf());
             let mounted = if overlay.writable_disk.is_empty() {
                 made.mount(
                     Some(Path::new("tmpfs")),
@@ -113,28 +126,37 @@ impl Layers {
             };
             made.path = root;
             mounted?;
-            for part in ["upper", "work"] {
-                create(&writable.join(part))?;
+            make_directories(writable, directories)?;
+            for (option, part, usual) in [
+                ("upperdir", &overlay.upper, "upper"),
+                ("workdir", &overlay.work, "work"),
+            ] {
+                let part = if part.is_empty() { usual } else { part };
+                let path = writable.join(inside(part)?);
+                create(&path)?;
+                options.push_str(&format!(",{option}={}", path.display()));
             }
-            let writable = writable.display();
-            options.push_str(&format!(
-                ",upperdir={writable}/upper,workdir={writable}/work"
-            ));
         }
         let flags = if overlay.read_only {
             MsFlags::MS_RDONLY
         } else {
             MsFlags::empty()
         };
-        made.mount(Some(Path::new("overlay")), Some("overlay"), flags, &options)
+        // All options must fit into a page, which the layers' full paths would not: their names are
+        // looked up from where they lie, by a thread that has a working directory of its own.
+        std::thread::scope(|scope| {
+            let mounting = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_FS).map_err(Error::system("leave the root"))?;
+                chdir(&self.directory).map_err(Error::file("enter", &self.directory))?;
+                made.mount(Some(Path::new("overlay")), Some("overlay"), flags, &options)
+            });
+            mounting
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
-    fn mount_layer(
-        &self,
-        serial: &str,
-        disk: &Disk,
-        made: &mut Assembled,
-    ) -> Result<PathBuf, Error> {
+    fn mount_layer(&self, serial: &str, disk: &Disk, made: &mut Assembled) -> Result<(), Error> {
         let target = self.directory.join(serial);
         let mut users = self.users();
         if !users.contains_key(serial) {
@@ -148,7 +170,7 @@ impl Layers {
         }
         *users.entry(serial.to_owned()).or_insert(0) += 1;
         made.layers.push(serial.to_owned());
-        Ok(target)
+        Ok(())
     }
 
     /// Unmounts what was assembled. Errors are logged: the caller can do nothing about them.
@@ -202,6 +224,8 @@ impl Assembled {
 async fn single(
     platform: &dyn Platform,
     single: &SingleDisk,
+    directories: &[Directory],
+    directory: &Path,
     made: &mut Assembled,
 ) -> Result<(), Error> {
     if !matches!(single.fstype.as_str(), "ext4" | "erofs") {
@@ -215,7 +239,49 @@ async fn single(
     } else {
         MsFlags::MS_NOATIME
     };
-    made.mount_disk(&disk, &single.fstype, flags)
+    if single.directory.is_empty() {
+        made.mount_disk(&disk, &single.fstype, flags)?;
+        return make_directories(&made.path, directories);
+    }
+    let whole = directory.join("disk");
+    create(&whole)?;
+    let root = std::mem::replace(&mut made.path, whole.clone());
+    let mounted = made.mount_disk(&disk, &single.fstype, flags);
+    made.path = root;
+    mounted?;
+    make_directories(&whole, directories)?;
+    let part = whole.join(inside(&single.directory)?);
+    made.mount(Some(&part), None, MsFlags::MS_BIND, "")
+}
+
+/// Makes those that are missing below `root`. Nobody else has it mounted yet, and containers never
+/// get above the directory that is their root.
+fn make_directories(root: &Path, directories: &[Directory]) -> Result<(), Error> {
+    for directory in directories {
+        let path = root.join(inside(&directory.path)?);
+        if path.is_dir() {
+            continue;
+        }
+        fs::create_dir(&path).map_err(Error::file("create", &path))?;
+        let (owner, group) = (Uid::from_raw(directory.uid), Gid::from_raw(directory.gid));
+        chown(&path, Some(owner), Some(group)).map_err(Error::file("give away", &path))?;
+        let mode = fs::Permissions::from_mode(directory.mode & 0o7777);
+        fs::set_permissions(&path, mode).map_err(Error::file("open up", &path))?;
+    }
+    Ok(())
+}
+
+/// A path that leads below where it is looked up; overlayfs's options have no room for the rest.
+fn inside(path: &str) -> Result<&Path, Error> {
+    let relative = Path::new(path);
+    let plain = relative
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    if path.is_empty() || !plain || path.contains([',', ':', '\\']) {
+        let reason = format!("{path:?} is not a plain relative path");
+        return Err(Error::invalid("rootfs directory", reason));
+    }
+    Ok(relative)
 }
 
 async fn find(platform: &dyn Platform, serial: &str) -> Result<Disk, Error> {

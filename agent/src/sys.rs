@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod bpf;
+pub(crate) mod partition;
 pub(crate) mod privilege;
 
 use std::fs::File;

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--vcpus" => config.vcpus = value.parse()?,
             "--memory" => config.memory = value.parse::<u64>()? << 20,
             "--disk" => config.disks.push(DiskConfig {
-                file: File::options().read(true).write(true).open(&value)?,
+                files: vec![File::options().read(true).write(true).open(&value)?],
                 read_only: false,
                 serial: format!("disk{}", config.disks.len()),
             }),

@@ -43,8 +43,9 @@ pub struct VmConfig {
 /// A block device.
 #[derive(Debug)]
 pub struct DiskConfig {
-    /// A raw image or a block device of the host.
-    pub file: File,
+    /// A raw image or a block device of the host; several, if the guest may not write, follow each
+    /// other as [`Concat`](crate::devices::virtio::block::Concat) has them.
+    pub files: Vec<File>,
     /// Whether the guest may not write.
     pub read_only: bool,
     /// What the guest finds in `/sys/block/*/serial`; 20 bytes at most.

@@ -164,6 +164,8 @@ const APPLETS: [&str; 22] = [
 #[derive(Clone, Default)]
 struct Fake {
     guest_ends: Arc<Mutex<HashMap<u32, UnixStream>>>,
+    /// The disks that partitions are of, whose directories stand for them.
+    partitions: Arc<Mutex<HashMap<String, String>>>,
 }
 
 #[async_trait]
@@ -182,7 +184,9 @@ impl Platform for Fake {
     }
 
     async fn find_disk(&self, serial: &str) -> Result<Disk, Error> {
-        let path = PathBuf::from("/run").join(serial);
+        let partitions = self.partitions.lock().unwrap();
+        let disk = partitions.get(serial).map_or(serial, String::as_str);
+        let path = PathBuf::from("/run").join(disk);
         if path.exists() {
             Ok(Disk::Directory(path))
         } else {
@@ -191,6 +195,20 @@ impl Platform for Fake {
                 name: serial.to_owned(),
             })
         }
+    }
+
+    async fn partition(
+        &self,
+        serial: &str,
+        partitions: &[&protocol::Partition],
+    ) -> Result<(), Error> {
+        let mut known = self.partitions.lock().unwrap();
+        known.extend(
+            partitions
+                .iter()
+                .map(|part| (part.name.clone(), serial.to_owned())),
+        );
+        Ok(())
     }
 }
 

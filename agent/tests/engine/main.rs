@@ -12,6 +12,7 @@
 
 mod cases;
 mod harness;
+mod roots;
 
 use std::process::ExitCode;
 
@@ -19,5 +20,5 @@ fn main() -> ExitCode {
     if let Some(code) = supermachine_agent::helper_main() {
         return code;
     }
-    harness::main(cases::ALL)
+    harness::main(&[cases::ALL, roots::ALL].concat())
 }

@@ -245,7 +245,7 @@ fn boot_spec(
     max_ports: u32,
 ) -> BootSpec {
     let disks = resources.disks.into_iter().map(|disk| DiskSpec {
-        file: disk.file,
+        files: vec![disk.file],
         read_only: disk.read_only,
         serial: disk.serial,
     });

@@ -20,8 +20,8 @@ use serde::de::DeserializeOwned;
 
 const HEADER: usize = 8;
 
-/// The most files one frame can carry; Linux stops at 253 (SCM_MAX_FD).
-pub(super) const MAX_FILES: usize = 128;
+/// The most files one frame can carry, which is Linux's limit (SCM_MAX_FD).
+pub(super) const MAX_FILES: usize = 253;
 
 /// What a side accepts.
 #[derive(Debug, Clone, Copy)]

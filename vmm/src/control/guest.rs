@@ -159,7 +159,11 @@ impl Guest {
             .into_iter()
             .map(|disk| {
                 Ok(DiskConfig {
-                    file: File::from(files.take(disk.file)?),
+                    files: disk
+                        .files
+                        .into_iter()
+                        .map(|file| Ok(File::from(files.take(file)?)))
+                        .collect::<Result<_>>()?,
                     read_only: disk.read_only,
                     serial: disk.serial,
                 })

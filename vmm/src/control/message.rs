@@ -74,7 +74,7 @@ pub(super) struct Boot {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Disk {
-    pub(super) file: FileIndex,
+    pub(super) files: Vec<FileIndex>,
     pub(super) read_only: bool,
     pub(super) serial: String,
 }

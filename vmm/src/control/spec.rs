@@ -69,8 +69,9 @@ pub struct BootSpec {
 /// One block device.
 #[derive(Debug)]
 pub struct DiskSpec {
-    /// A raw image or a block device, open for what `read_only` says.
-    pub file: File,
+    /// A raw image or a block device, open for what `read_only` says; several, if that is true,
+    /// follow each other as [`Concat`](crate::devices::virtio::block::Concat) has them.
+    pub files: Vec<File>,
     /// Whether the guest is refused writes.
     pub read_only: bool,
     /// The device id the guest reads, at most 20 bytes.
@@ -110,7 +111,7 @@ impl BootSpec {
                 .disks
                 .iter()
                 .map(|disk| Disk {
-                    file: files.add(&disk.file),
+                    files: disk.files.iter().map(|file| files.add(file)).collect(),
                     read_only: disk.read_only,
                     serial: disk.serial.clone(),
                 })

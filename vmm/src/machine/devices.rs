@@ -1,6 +1,8 @@
 //! The virtio devices of a VM: made from the configuration, then attached to buses and lines.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use super::assembly::notify_address;
@@ -8,7 +10,7 @@ use crate::arch::current::{MIN_MEMORY, layout};
 use crate::config::VmConfig;
 use crate::devices::bus::Bus;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
-use crate::devices::virtio::block::{Block, BlockConfig, DISK, FileBackend};
+use crate::devices::virtio::block::{Backend, Block, BlockConfig, Concat, DISK, FileBackend};
 use crate::devices::virtio::console::{self, Console};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport};
@@ -75,10 +77,10 @@ impl DeviceSet {
         }
         for (index, disk) in config.disks.drain(..).enumerate() {
             let id = format!("block{index}");
-            let backend = FileBackend::open(disk.file, disk.read_only).map_err(refused(&id))?;
+            let backend = backend(disk.files, disk.read_only).map_err(refused(&id))?;
             let block = Block::new(BlockConfig {
                 id: id.clone(),
-                backend: Box::new(backend),
+                backend,
                 read_only: disk.read_only,
                 serial: disk.serial,
             });
@@ -154,6 +156,18 @@ pub(super) struct Handles {
 /// What a balloon may take: a guest keeps an eighth of its memory, and what a kernel needs.
 fn balloon_limit(memory: u64) -> u64 {
     memory.saturating_sub((memory / 8).max(MIN_MEMORY))
+}
+
+/// What holds a disk's bytes: a file, or several that are only read.
+fn backend(mut files: Vec<File>, read_only: bool) -> io::Result<Box<dyn Backend>> {
+    match (files.len(), read_only) {
+        (1, _) => Ok(Box::new(FileBackend::open(files.remove(0), read_only)?)),
+        (2.., true) => Ok(Box::new(Concat::open(files)?)),
+        (count, _) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("A disk of {count} files; expected one, or several that are only read"),
+        )),
+    }
 }
 
 /// Names the device that could not be made.

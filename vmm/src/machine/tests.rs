@@ -232,7 +232,7 @@ fn a_vm_takes_more_devices_than_there_are_interrupt_pins() {
         file.set_len(1 << 20).unwrap();
         let serial = format!("disk{index}");
         config.disks.push(DiskConfig {
-            file,
+            files: vec![file],
             read_only: false,
             serial,
         });

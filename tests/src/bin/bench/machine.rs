@@ -117,7 +117,7 @@ fn bare(files: &Files, init: Init) -> Result<BootSpec> {
         cmdline: COMMAND_LINE.to_owned(),
         serial: Some(null()?),
         disks: vec![DiskSpec {
-            file: disk,
+            files: vec![disk],
             read_only: false,
             serial: "bench".to_owned(),
         }],

@@ -4,6 +4,7 @@
 //! [`Backend`] without a copy. A request that makes no sense is answered with an error status and
 //! the disk goes on; a queue that makes none stops the disk.
 
+pub mod concat;
 mod device;
 mod file;
 mod metrics;
@@ -20,6 +21,7 @@ use vm_memory::VolatileSlice;
 use crate::jail::{Filter, Rule, allow};
 use crate::sys::{reactor, threads};
 
+pub use concat::Concat;
 pub use device::Block;
 pub use file::FileBackend;
 pub use metrics::Metrics;
