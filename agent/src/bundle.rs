@@ -10,16 +10,17 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
-use oci_spec::runtime::{LinuxCapabilities, Process, Root, Spec};
+use oci_spec::runtime::{LinuxCapabilities, Mount, Process, Root, Spec};
 use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
-use supermachine_protocol::{Rootfs, Stdio};
+use supermachine_protocol::{FileContent, Rootfs, Stdio};
 
 use crate::cgroup::Cgroup;
 use crate::container::Workshop;
 use crate::engine::helper::{SECCOMP, Withheld};
 use crate::engine::seccomp::Filter;
 use crate::error::Error;
+use crate::files;
 use crate::rootfs::Assembled;
 use crate::sys::lock;
 use crate::sysctl;
@@ -67,6 +68,16 @@ impl Bundle {
             .await?;
         *lock(&self.rootfs) = Some(made);
         Ok(())
+    }
+
+    /// Writes the container's files, and has the mounts of the config that are of them find them.
+    pub(crate) fn write_files(
+        &self,
+        files: &[FileContent],
+        mounts: &mut [Mount],
+    ) -> Result<(), Error> {
+        files::write(&self.path, files)?;
+        files::locate(&self.path, files, mounts)
     }
 
     /// Fits the config to this guest and writes what the engine and its helpers look for.

@@ -81,6 +81,8 @@ impl Container {
 
         let mut bundle = Bundle::make(workshop.clone(), id)?;
         bundle.assemble(&request.rootfs).await?;
+        let mounts = spec.mounts_mut().as_deref_mut().unwrap_or_default();
+        bundle.write_files(&request.files, mounts)?;
         bundle.write_config(spec, &withheld.cwd)?;
 
         let ports = Ports::open(&*workshop.platform, &stdio).await?;

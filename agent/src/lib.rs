@@ -17,6 +17,7 @@ mod devices;
 mod engine;
 mod error;
 mod events;
+mod files;
 mod identity;
 mod limits;
 mod log;

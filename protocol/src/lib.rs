@@ -64,6 +64,9 @@ pub const AGENT_CONSOLE_NAME: &str = "supermachine.agent";
 /// First console port that carries stdio; those up to the device's last do.
 pub const FIRST_STDIO_PORT: u32 = 1;
 
+/// What the names of a container's files begin with, and the sources of their mounts.
+pub const FILE_PREFIX: &str = "file-";
+
 /// Longest serial of a virtio-blk device, in bytes (virtio 1.2, 5.2.6.1).
 pub const DISK_SERIAL_MAX: usize = 20;
 

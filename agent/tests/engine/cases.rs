@@ -2,7 +2,7 @@
 
 use nix::libc::{SIGKILL, SIGTERM};
 use serde_json::json;
-use supermachine_protocol::{ResizePtyRequest, ttrpc};
+use supermachine_protocol::{FileContent, ResizePtyRequest, ttrpc};
 
 use crate::harness::*;
 
@@ -28,6 +28,7 @@ pub(crate) const ALL: &[Case] = &[
     ("devices_are_restricted", devices_are_restricted),
     ("capabilities_of_every_kind", capabilities_of_every_kind),
     ("cwd_in_a_mount", cwd_in_a_mount),
+    ("files_of_the_host", files_of_the_host),
     ("exec_terminal", exec_terminal),
     ("exec_left_behind", exec_left_behind),
     ("pids", pids),
@@ -381,6 +382,52 @@ fn cwd_in_a_mount() -> Outcome {
         let (_, text) = code(machine.create("b", &spec, &ends).await);
         let expected = "chdir to cwd (\"/etc/passwd\") set in config.json failed: not a directory";
         assert_eq!(text, expected);
+    })
+}
+
+fn files_of_the_host() -> Outcome {
+    on_machine(async |machine| {
+        let file = |name: &str, content: &str, mode: u32| {
+            let mut file = FileContent::new();
+            file.name = name.to_owned();
+            file.content = content.as_bytes().to_vec();
+            file.mode = mode;
+            file
+        };
+        let script = "cat /etc/hosts; echo more >> /etc/hosts; cat /etc/hosts; /sbin/new; \
+                      touch /sbin/new 2>&1";
+        let mut spec = spec(&sh(script));
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(
+            json!({"destination": "/etc/hosts", "type": "bind", "source": "file-0",
+            "options": ["rbind", "rprivate"]}),
+        );
+        mounts.push(
+            json!({"destination": "/sbin/new", "type": "bind", "source": "file-1",
+            "options": ["bind", "ro"]}),
+        );
+        let mut ends = machine.ports(false);
+        let mut request = machine.create_request("a", &spec, &ends);
+        request.files = vec![
+            file("file-0", "127.0.0.1 localhost\n", 0o644),
+            file("file-1", "#!/bin/sh\necho run\n", 0o755),
+        ];
+        let client = machine.client();
+        client.create_container(call(), &request).await.unwrap();
+        machine.start_container("a").await.unwrap();
+        drop(ends.stdin.take());
+        assert_eq!(
+            text(ends.stdout).await,
+            "127.0.0.1 localhost\n127.0.0.1 localhost\nmore\nrun\n\
+             touch: /sbin/new: Read-only file system\n"
+        );
+        machine.exit("a", "").await;
+        machine.delete("a").await.unwrap();
+
+        // A source that did not come with the container.
+        let ends = machine.ports(false);
+        let (_, text) = code(machine.create("b", &spec, &ends).await);
+        assert_eq!(text, "file \"file-0\" does not exist");
     })
 }
 

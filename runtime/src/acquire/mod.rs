@@ -1,5 +1,6 @@
 //! Obtaining what a plan needs, each step recorded in the ledger first.
 
+mod files;
 mod kernel;
 pub mod limits;
 mod logger;
@@ -9,6 +10,8 @@ pub mod stdio;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+
+use supermachine_protocol::FileContent;
 
 use crate::config::{Digest, Resolved};
 use crate::images::{self, Cache};
@@ -34,6 +37,8 @@ pub enum Error {
         found: Digest,
         expected: Digest,
     },
+    #[error("Cannot give the guest a copy of {}", path.display())]
+    HostFile { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Image(#[from] images::Error),
     #[error(transparent)]
@@ -45,6 +50,8 @@ pub enum Error {
 pub struct Resources {
     /// In the plan's order.
     pub disks: Vec<AcquiredDisk>,
+    /// As the guest is told of them.
+    pub files: Vec<FileContent>,
     pub kernel: File,
     pub initramfs: File,
     /// The sandbox's own directory, which is the ledger's: for sockets, each recorded.
@@ -90,6 +97,7 @@ pub fn acquire(plan: &Plan, ledger: &mut Ledger, config: &Resolved) -> Result<Re
     };
     Ok(Resources {
         disks: rootfs::disks(&plan.disks, &cache)?,
+        files: files::read(&plan.files)?,
         kernel,
         initramfs,
         state_dir: ledger.directory().to_path_buf(),

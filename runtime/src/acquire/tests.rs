@@ -141,7 +141,7 @@ fn what_was_acquired_is_gone_with_the_ledger_and_the_files() {
         "process":{"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"},
         "linux":{"namespaces":[{"type":"pid"},{"type":"ipc"}]}}"#;
     let spec = serde_json::from_str(text).expect("spec");
-    let plan = plan(&create, &spec, &HostFacts::read(&create), &config).expect("plan");
+    let plan = plan(&create, &spec, &HostFacts::read(&create, &spec), &config).expect("plan");
 
     let state = config.state.directory.0.join("default/web");
     let mut ledger = Ledger::create(&state).expect("ledger");

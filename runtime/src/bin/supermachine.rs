@@ -120,7 +120,8 @@ fn print_plan(bundle: &Path, config: &Resolved, out: &mut dyn Write) -> Result<(
     let id = id.unwrap_or_default();
     let create = Create::new("default", &id, &bundle, Vec::new(), stdio)?;
     let spec = request::load_spec(&bundle)?;
-    let plan = plan::plan(&create, &spec, &HostFacts::read(&create), config)?;
+    let create = supermachine_runtime::mounted::with_root(&create, &spec)?;
+    let plan = plan::plan(&create, &spec, &HostFacts::read(&create, &spec), config)?;
     writeln!(out, "{:#}", plan.to_json()?)?;
     Ok(())
 }

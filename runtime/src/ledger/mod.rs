@@ -18,6 +18,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::Poststop;
+
+pub(crate) use undo::ends_within;
 pub use undo::start_time;
 
 const LIST: &str = "ledger.json";
@@ -37,6 +40,8 @@ pub enum Entry {
     Logger { pid: u32, start_time: u64 },
     /// A cgroup without processes, once those of the sandbox are gone.
     Cgroup { path: PathBuf },
+    /// Programs that the container's configuration wants run at its end. Recorded first, so last.
+    Poststop(Poststop),
 }
 
 /// Why a ledger can't be kept or undone.

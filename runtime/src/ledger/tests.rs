@@ -122,6 +122,36 @@ fn a_logger_may_end_by_itself_and_a_stubborn_one_is_killed() {
 }
 
 #[test]
+fn hooks_run_once_all_else_is_gone_also_in_another_process() {
+    let (root, directory) = state();
+    let socket = directory.join("vsock");
+    let said = root.path().join("said");
+    let script = format!("test ! -e {} && cat > {}", socket.display(), said.display());
+    let poststop = serde_json::json!({
+        "hooks": [{"path": "/bin/sh", "args": ["sh", "-c", script]}],
+        "state": {"ociVersion": "1.2.0", "id": "c1", "status": "stopped", "bundle": root.path()},
+    });
+    let poststop = serde_json::from_value(poststop).expect("hooks");
+    let mut ledger = Ledger::create(&directory).expect("create");
+    ledger.record(Entry::Poststop(poststop)).expect("record");
+    ledger
+        .record(Entry::File {
+            path: socket.clone(),
+        })
+        .expect("record");
+    std::fs::write(&socket, "").expect("write");
+    ledger.commit();
+    drop(ledger);
+    Ledger::open(&directory)
+        .expect("open")
+        .undo()
+        .expect("undo");
+    let said = std::fs::read_to_string(said).expect("said");
+    assert!(said.contains(r#""status":"stopped""#), "{said}");
+    assert!(!directory.exists());
+}
+
+#[test]
 fn a_process_that_took_over_the_number_is_spared() {
     let (_root, directory) = state();
     let mut ledger = Ledger::create(&directory).expect("create");

@@ -30,6 +30,10 @@ pub(super) fn undo(entry: &Entry) -> Result<(), String> {
         Entry::Logger { pid, start_time } => end_process(*pid, *start_time, LOGGING)
             .map_err(|error| format!("logger {pid}: {error}")),
         Entry::Cgroup { path } => remove_cgroup(path).map_err(|error| named(path, &error)),
+        Entry::Poststop(hooks) => {
+            hooks.run();
+            Ok(())
+        }
     }
 }
 
@@ -83,7 +87,8 @@ fn end_process(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
     ))
 }
 
-fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
+/// Waits for a process's end; `false`: it has not ended within `limit`.
+pub(crate) fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());

@@ -1,11 +1,14 @@
 //! What a plan needs to know of the host.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
 
 use crate::request::Create;
 
 /// Facts read once, before planning.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostFacts {
     /// Processors this process may run on; at least 1.
     pub cpus: u32,
@@ -14,17 +17,25 @@ pub struct HostFacts {
     /// The snapshot's writable directory already holds something, as after `nerdctl cp` into a
     /// container that never ran.
     pub upper_in_use: bool,
+    /// The regular files among the sources of the container's bind mounts, with their sizes.
+    pub files: BTreeMap<PathBuf, u64>,
 }
 
 impl HostFacts {
-    /// Reads the facts that matter to `create`.
-    pub fn read(create: &Create) -> Self {
+    /// Reads the facts that matter to `create`, whose configuration is `spec`.
+    pub fn read(create: &Create, spec: &Spec) -> Self {
         let upper = super::rootfs::upper_directory(create);
         Self {
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory: host_memory(),
             upper_in_use: upper.is_some_and(|upper| has_entries(&upper)),
+            files: super::mounts::bind_sources(spec, &create.bundle)
+                .filter_map(|path| {
+                    let metadata = std::fs::metadata(&path).ok()?;
+                    metadata.is_file().then_some((path, metadata.len()))
+                })
+                .collect(),
         }
     }
 }

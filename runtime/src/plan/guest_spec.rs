@@ -5,19 +5,14 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     LinuxSeccompAction, Mount, Process, Root, Spec, User,
 };
 
-use super::{Error, LeftOut};
+use super::{Error, LeftOut, refuse, some};
 
 pub(super) mod resources;
 mod sysctl;
-
-/// Kinds of mount that the guest's own kernel provides.
-const GUEST_MOUNTS: [&str; 7] = [
-    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
-];
 
 /// Device nodes that mean the same in every kernel: path, major, minor.
 const GUEST_DEVICES: [(&str, i64, i64); 8] = [
@@ -46,18 +41,6 @@ const PROPAGATIONS: [&str; 9] = [
 
 pub(super) type Notes = Vec<LeftOut>;
 
-/// `Err` naming `key` if `present`.
-fn refuse(present: bool, key: &str, reason: &str) -> Result<(), Error> {
-    if present {
-        Err(Error::Unsupported {
-            key: key.to_owned(),
-            reason: reason.to_owned(),
-        })
-    } else {
-        Ok(())
-    }
-}
-
 fn leave_out(notes: &mut Notes, present: bool, key: &str, reason: &'static str) {
     if present {
         notes.push(LeftOut {
@@ -67,15 +50,13 @@ fn leave_out(notes: &mut Notes, present: bool, key: &str, reason: &'static str) 
     }
 }
 
-fn some<T>(list: &Option<Vec<T>>) -> bool {
-    list.as_ref().is_some_and(|list| !list.is_empty())
-}
-
-/// Builds the guest's configuration. `read_only` is whether the container may write to its root.
+/// Builds the guest's configuration, with these mounts. `read_only` is whether the container may
+/// write to its root.
 pub(super) fn build(
     spec: &Spec,
     id: &str,
     read_only: bool,
+    mounts: Vec<Mount>,
     notes: &mut Notes,
 ) -> Result<Spec, Error> {
     if !spec.version().starts_with("1.") {
@@ -90,7 +71,6 @@ pub(super) fn build(
         .process()
         .as_ref()
         .ok_or(Error::Missing { key: "process" })?;
-    refuse_hooks(spec.hooks().as_ref())?;
     refuse(
         spec.vm().is_some(),
         "vm",
@@ -113,7 +93,7 @@ pub(super) fn build(
         .set_hostname(spec.hostname().clone())
         .set_domainname(spec.domainname().clone())
         .set_annotations(spec.annotations().clone())
-        .set_mounts(Some(mounts(spec.mounts().as_deref().unwrap_or_default())?))
+        .set_mounts(Some(mounts))
         .set_linux(
             spec.linux()
                 .as_ref()
@@ -121,24 +101,6 @@ pub(super) fn build(
                 .transpose()?,
         );
     Ok(guest)
-}
-
-fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), Error> {
-    let Some(hooks) = hooks else { return Ok(()) };
-    let reason = "programs to run on the host around the container's start are not run yet";
-    #[allow(deprecated, reason = "prestart is still what old clients send")]
-    let prestart = hooks.prestart();
-    for (key, list) in [
-        ("hooks.prestart", prestart),
-        ("hooks.createRuntime", hooks.create_runtime()),
-        ("hooks.createContainer", hooks.create_container()),
-        ("hooks.startContainer", hooks.start_container()),
-        ("hooks.poststart", hooks.poststart()),
-        ("hooks.poststop", hooks.poststop()),
-    ] {
-        refuse(some(list), key, reason)?;
-    }
-    Ok(())
 }
 
 /// The process, without what only the host could honour.
@@ -215,47 +177,6 @@ pub(super) fn process(source: &Process, notes: &mut Notes) -> Result<Process, Er
         .set_io_priority(*source.io_priority())
         .set_scheduler(source.scheduler().clone());
     Ok(process)
-}
-
-fn mounts(source: &[Mount]) -> Result<Vec<Mount>, Error> {
-    source
-        .iter()
-        .map(|mount| {
-            let at = mount.destination().display();
-            let key = format!("The mount at {at}");
-            let kind = mount.typ().as_deref().unwrap_or_default();
-            let options = mount.options().clone().unwrap_or_default();
-            let bind = matches!(kind, "bind" | "rbind")
-                || options
-                    .iter()
-                    .any(|option| matches!(option.as_str(), "bind" | "rbind"));
-            let from = mount.source().as_deref().unwrap_or_else(|| Path::new(""));
-            let reason = format!(
-                "the host's {} cannot be shared with the guest yet",
-                from.display()
-            );
-            refuse(bind, &key, &reason)?;
-            let known = GUEST_MOUNTS.contains(&kind);
-            refuse(
-                !known,
-                &key,
-                &format!("the guest has no file system of type {kind:?}"),
-            )?;
-            let mapped = some(mount.uid_mappings()) || some(mount.gid_mappings());
-            refuse(
-                mapped,
-                &key,
-                "id-mapped mounts are not passed to the guest yet",
-            )?;
-            let mut guest = Mount::default();
-            guest
-                .set_destination(mount.destination().clone())
-                .set_typ(Some(kind.to_owned()))
-                .set_source(mount.source().clone())
-                .set_options(mount.options().clone());
-            Ok(guest)
-        })
-        .collect()
 }
 
 fn linux(source: &Linux, id: &str, notes: &mut Notes) -> Result<Linux, Error> {

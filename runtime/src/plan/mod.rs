@@ -6,7 +6,9 @@
 
 mod facts;
 mod guest_spec;
+mod hooks;
 mod machine;
+mod mounts;
 mod rootfs;
 mod update;
 
@@ -19,8 +21,11 @@ use crate::config::Resolved;
 use crate::request::{Create, Stream};
 
 pub use facts::HostFacts;
+pub use hooks::Hooks;
+pub use mounts::{FILES_MAX, HostFile};
 pub use update::{MachineSize, Update, update};
 
+pub(crate) use rootfs::split_layers;
 pub use rootfs::{DISKS_MAX, Disk, Rootfs, Source};
 
 /// Why a request can't be carried out.
@@ -59,6 +64,10 @@ pub struct Plan {
     pub disks: Vec<Disk>,
     /// How the agent makes the root file system of those disks.
     pub rootfs: Rootfs,
+    /// Files of the host that the guest has copies of.
+    pub files: Vec<HostFile>,
+    /// What the host runs around the container's life.
+    pub hooks: Hooks,
     /// The container's host name, which the machine gets as well.
     pub hostname: Option<String>,
     /// Which streams the container's first process has.
@@ -110,6 +119,22 @@ pub struct Streams {
     pub stderr: bool,
 }
 
+/// `Err` naming `key` if `present`.
+fn refuse(present: bool, key: &str, reason: &str) -> Result<(), Error> {
+    if present {
+        Err(Error::Unsupported {
+            key: key.to_owned(),
+            reason: reason.to_owned(),
+        })
+    } else {
+        Ok(())
+    }
+}
+
+fn some<T>(list: &Option<Vec<T>>) -> bool {
+    list.as_ref().is_some_and(|list| !list.is_empty())
+}
+
 /// The guest's kernel command line, before the administrator's additions: the serial port is a
 /// log and nothing else, a panic or reboot ends the machine at once.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t tsc=reliable";
@@ -127,7 +152,9 @@ pub fn plan(
     let mut left_out = Vec::new();
     let layout = rootfs::layout(create, spec, facts, config)?;
     let shape = machine::shape(spec, facts, config)?;
-    let guest_spec = guest_spec::build(spec, create.id.as_str(), layout.read_only, &mut left_out)?;
+    let (mounts, files) = mounts::build(spec, &create.bundle, facts)?;
+    let id = create.id.as_str();
+    let guest_spec = guest_spec::build(spec, id, layout.read_only, mounts, &mut left_out)?;
     let has = |stream: &Stream| *stream != Stream::None;
     Ok(Plan {
         id: create.id.to_string(),
@@ -139,6 +166,8 @@ pub fn plan(
         },
         disks: layout.disks,
         rootfs: layout.rootfs,
+        files,
+        hooks: hooks::build(spec)?,
         hostname: spec.hostname().clone(),
         stdio: Streams {
             terminal: create.stdio.terminal,

@@ -200,7 +200,7 @@ fn overlay_tree(mount: &Mount) -> Result<Tree, Error> {
 }
 
 /// Splits at each ':' that has no backslash before it, as overlayfs does.
-fn split_layers(value: &str) -> Vec<String> {
+pub(crate) fn split_layers(value: &str) -> Vec<String> {
     let mut layers = vec![String::new()];
     let mut chars = value.chars();
     while let Some(char) = chars.next() {

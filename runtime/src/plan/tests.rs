@@ -1,5 +1,7 @@
 mod every_key;
+mod files;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use expect_test::{expect, expect_file};
@@ -18,6 +20,7 @@ const FACTS: HostFacts = HostFacts {
     cpus: 8,
     memory: 16 << 30,
     upper_in_use: false,
+    files: BTreeMap::new(),
 };
 
 fn overlay(layers: usize) -> Mount {
@@ -278,7 +281,7 @@ fn host_namespaces_do_not_reach_the_guest() {
 #[test]
 fn what_a_machine_cannot_keep_is_refused_by_name() {
     let device = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
-    let hook = json!({"createRuntime": [{"path": "/usr/bin/cni"}]});
+    let hook = json!({"createContainer": [{"path": "/usr/bin/cni"}]});
     let rules = [
         refusal(
             &["mounts"],
@@ -322,7 +325,7 @@ fn what_a_machine_cannot_keep_is_refused_by_name() {
     expect![[r#"
         The mount at /data is not supported in a microVM: the host's /srv cannot be shared with the guest yet
         The mount at /data is not supported in a microVM: the guest has no file system of type "nfs"
-        hooks.createRuntime is not supported in a microVM: programs to run on the host around the container's start are not run yet
+        hooks.createContainer is not supported in a microVM: it runs in the container's namespaces, which are the guest's, with a program of the host's
         The device /dev/kvm is not supported in a microVM: 10:232 is the host's and cannot be given to the guest
         A missing linux.namespaces pid is not supported in a microVM: without it the container would share the host's, which a machine cannot
         linux.namespaces pid is not supported in a microVM: /proc/1/ns/pid is the host's and cannot be joined
@@ -355,6 +358,11 @@ fn what_is_wrong_is_named() {
             &["linux", "resources", "unified"],
             json!({"../x/memory.max": "1"}),
         ),
+        refusal(&["hooks"], json!({"poststop": [{"path": "cni"}]})),
+        refusal(
+            &["hooks"],
+            json!({"prestart": [{"path": "/cni", "timeout": 0}]}),
+        ),
     ];
     expect![[r#"
         process is missing from the container's configuration
@@ -367,7 +375,9 @@ fn what_is_wrong_is_named() {
         linux.cgroupsPath is "a:b"; expected a path below the cgroup root without "..", or slice:prefix:name
         process.user.umask is "0o1000"; expected 0 to 0o777
         linux.rootfsPropagation is "sideways"; expected private, shared, slave or unbindable
-        linux.resources.unified is "../x/memory.max"; expected a file of cgroup v2 such as "memory.high""#]].assert_eq(&wrong.join("\n"));
+        linux.resources.unified is "../x/memory.max"; expected a file of cgroup v2 such as "memory.high"
+        hooks.poststop[0].path is "cni"; expected an absolute path
+        hooks.prestart[0].timeout is "0"; expected a number of seconds above 0"#]].assert_eq(&wrong.join("\n"));
 }
 
 #[test]

@@ -12,9 +12,11 @@ use super::pause::Pause;
 use super::ports::Ports;
 use super::process::Process;
 use super::pump::Progress;
+use super::vm::blocking;
 use super::{Container, Entry, Error, Event, Inner, Kind, Sandbox, Slot, Vm};
 use crate::acquire::stdio::{self, Held, Streams};
 use crate::agent::Agent;
+use crate::hooks::{self, Hooks};
 use crate::request;
 
 impl Sandbox {
@@ -105,6 +107,7 @@ impl Inner {
             machine,
             events,
             guest,
+            hooks,
         } = launched;
         let mut progress = self.watch_machine(events);
         let (first, last) = self.stdio_ports;
@@ -114,6 +117,8 @@ impl Inner {
         let (namespace, id) = (request.namespace.to_string(), request.id.to_string());
         start_logger(&*machine, &mut streams, &namespace, &id).await?;
         init.held = attach(&*machine, &stdio, streams).await?;
+        let pid = machine.pid();
+        run_hooks(&hooks, "create", move |hooks| hooks.before_create(pid)).await?;
         progress
             .agent_listens(&*machine, self.timeouts.boot)
             .await?;
@@ -128,7 +133,7 @@ impl Inner {
         create.rootfs = Some(guest.rootfs).into();
         create.spec_json = guest.spec_json;
         create.stdio = Some(stdio).into();
-        let pid = machine.pid();
+        create.files = guest.files;
         let vm = Vm {
             machine,
             agent,
@@ -140,6 +145,7 @@ impl Inner {
             id: id.clone(),
             bundle: request.bundle,
             rootfs: request.rootfs,
+            hooks,
             vm: vm.clone(),
             processes: [(String::new(), init)].into(),
             ports,
@@ -173,6 +179,22 @@ impl Inner {
         self.settle(id, "");
         Ok(())
     }
+}
+
+/// Runs hooks in a thread of their own: they take as long as they like.
+pub(super) async fn run_hooks(
+    hooks: &Hooks,
+    during: &'static str,
+    run: impl FnOnce(&Hooks) -> Result<(), hooks::Error> + Send + 'static,
+) -> Result<(), Error> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    let hooks = hooks.clone();
+    blocking("running hooks for it", move || {
+        run(&hooks).map_err(|source| Error::Hook { during, source })
+    })
+    .await
 }
 
 /// Takes a port for each stream that is there.

@@ -67,6 +67,14 @@ pub enum Error {
         /// How that is known.
         reason: &'static str,
     },
+    /// A program of the host's failed that the container's start depends on.
+    #[error("OCI runtime {during} failed: unable to start container process")]
+    Hook {
+        /// What was being done.
+        during: &'static str,
+        /// Which one, and why.
+        source: crate::hooks::Error,
+    },
     /// A stream could not be opened.
     #[error(transparent)]
     Stdio(#[from] crate::acquire::stdio::Error),
@@ -156,6 +164,7 @@ impl Error {
             }
             Self::Request(_) | Self::Plan(_) | Self::Encode { .. } => Kind::InvalidArgument,
             Self::EmulatedKvm { .. } => Kind::FailedPrecondition,
+            Self::Hook { .. } => Kind::Program,
             Self::NoStats { .. } => Kind::Unavailable,
             Self::NoFreePort { .. } => Kind::ResourceExhausted,
             Self::Silent { .. } => Kind::DeadlineExceeded,

@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::error::Error;
+use crate::hooks::Hooks;
 use crate::plan::MachineSize;
 use crate::request;
 
@@ -27,6 +28,8 @@ pub(super) struct Launched {
     pub(super) events: UnboundedReceiver<Event>,
     /// The container as its agent is to make it.
     pub(super) guest: GuestContainer,
+    /// What the host runs around the container's life.
+    pub(super) hooks: Hooks,
 }
 
 /// What the agent is told of a container.
@@ -34,6 +37,7 @@ pub(super) struct Launched {
 pub(super) struct GuestContainer {
     pub(super) rootfs: protocol::Rootfs,
     pub(super) spec_json: Vec<u8>,
+    pub(super) files: Vec<protocol::FileContent>,
     pub(super) hostname: String,
 }
 

@@ -33,6 +33,7 @@ use tokio::sync::{mpsc, watch};
 use crate::acquire::stdio::Held;
 use crate::agent::Agent;
 use crate::events::{Event, Exit};
+use crate::hooks::Hooks;
 use crate::request;
 use machine::{Launcher, Machine, Timeouts};
 use pause::Pause;
@@ -101,6 +102,7 @@ struct Container {
     id: String,
     bundle: PathBuf,
     rootfs: Vec<request::Mount>,
+    hooks: Hooks,
     vm: Vm,
     /// By exec id; the init process's is empty.
     processes: HashMap<String, Entry>,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use supermachine_protocol as protocol;
 
-use super::create::{assign_ports, attach, detached, end_of, start_logger};
+use super::create::{assign_ports, attach, detached, end_of, run_hooks, start_logger};
 use super::pause::Signal;
 use super::process::{Process, Status};
 use super::{
@@ -12,6 +12,7 @@ use super::{
     unknown_exit,
 };
 use crate::acquire::stdio;
+use crate::hooks::Hooks;
 use crate::request;
 
 /// Highest signal number there is (SIGRTMAX).
@@ -265,10 +266,11 @@ impl Container {
 impl Inner {
     /// Starts a process that has been marked as starting.
     async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
-        let vm = self.with(id, |container| Ok(container.vm.clone()))?;
+        let (vm, hooks) = self.with(id, |container| {
+            Ok((container.vm.clone(), container.hooks.clone()))
+        })?;
         let result = if exec_id.is_empty() {
-            let call = vm.agent.start_container(id);
-            vm.call("starting the container", call).await
+            self.start_init(&vm, hooks, id).await
         } else {
             self.start_exec(&vm, id, exec_id).await
         };
@@ -292,6 +294,19 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// Lets the container's program run, and the host what comes after that.
+    async fn start_init(&self, vm: &Vm, hooks: Hooks, id: &str) -> Result<(), Error> {
+        let call = vm.agent.start_container(id);
+        vm.call("starting the container", call).await?;
+        let pid = vm.machine.pid();
+        let after = run_hooks(&hooks, "start", move |hooks| hooks.after_start(pid)).await;
+        if after.is_err() {
+            // As runc has it: without them the container is not what it was to be.
+            vm.machine.kill().await;
+        }
+        after
     }
 
     fn start_failed(self: &Arc<Self>, id: &str, exec_id: &str) {

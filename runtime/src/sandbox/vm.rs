@@ -26,8 +26,10 @@ use crate::acquire::limits::HostCgroup;
 use crate::acquire::{self, Resources};
 use crate::agent;
 use crate::config::{Level, MemorySize, Ports, Resolved};
+use crate::hooks::Hooks;
 use crate::images;
 use crate::ledger::{self, Entry, Ledger};
+use crate::mounted;
 use crate::plan::{self, HostFacts, MachineSize, Plan};
 use crate::request::Create;
 use crate::virtualization::Virtualization;
@@ -131,6 +133,7 @@ impl Launcher for VmLauncher {
         let vsock = prepared.add_process(process.pid())?;
         let socket = prepared.ledger.directory().join(VSOCK);
         let guest = prepared.guest_container()?;
+        let hooks = prepared.hooks.clone();
         let (log, serial, agent_log) = GuestLog::start()?;
         let limit = self.config.timeouts.boot.0;
         let max_ports = last_port(&self.config) + 1;
@@ -140,6 +143,7 @@ impl Launcher for VmLauncher {
                 plan,
                 mut resources,
                 ledger,
+                ..
             } = prepared;
             let size = MachineSize {
                 memory: plan.memory,
@@ -166,6 +170,7 @@ impl Launcher for VmLauncher {
             machine: Arc::new(machine.await?),
             events,
             guest,
+            hooks,
         })
     }
 }
@@ -185,6 +190,7 @@ fn refuse_emulation() -> Result<(), Error> {
 struct Prepared {
     plan: Plan,
     resources: Resources,
+    hooks: Hooks,
     /// After the resources: what is listed in it is undone when they are closed.
     ledger: Ledger,
 }
@@ -192,7 +198,9 @@ struct Prepared {
 impl Prepared {
     fn new(request: &Create, config: &Resolved) -> Result<Self, Error> {
         let spec = request.load_spec()?;
-        let plan = plan::plan(request, &spec, &HostFacts::read(request), config)?;
+        let request = &mounted::with_root(request, &spec)?;
+        let plan = plan::plan(request, &spec, &HostFacts::read(request, &spec), config)?;
+        let hooks = Hooks::new(plan.hooks.clone(), request, &spec);
         let directory = directory(config, request.namespace.as_str(), request.id.as_str());
         let mut ledger = match Ledger::create(&directory) {
             // Left by a shim that was killed and never cleaned up after; one that lives is in use.
@@ -202,10 +210,14 @@ impl Prepared {
             }
             ledger => ledger?,
         };
+        if let Some(poststop) = hooks.poststop() {
+            ledger.record(Entry::Poststop(poststop))?;
+        }
         let resources = acquire::acquire(&plan, &mut ledger, config)?;
         Ok(Self {
             plan,
             resources,
+            hooks,
             ledger,
         })
     }
@@ -226,12 +238,13 @@ impl Prepared {
         })
     }
 
-    fn guest_container(&self) -> Result<GuestContainer, Error> {
+    fn guest_container(&mut self) -> Result<GuestContainer, Error> {
         let spec_json =
             serde_json::to_vec(&self.plan.guest_spec).map_err(|source| Error::Encode { source })?;
         Ok(GuestContainer {
             rootfs: (&self.plan.rootfs).into(),
             spec_json,
+            files: std::mem::take(&mut self.resources.files),
             hostname: self.plan.hostname.clone().unwrap_or_default(),
         })
     }
@@ -417,7 +430,7 @@ async fn connect(socket: &Path) -> io::Result<UnixStream> {
 }
 
 /// Runs `work`, which blocks, beside the event loop.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {

@@ -20,6 +20,7 @@ use super::super::machine::{
 };
 use super::super::{Error, Event, Inner, Sandbox, Slot};
 use crate::events::Exit;
+use crate::hooks::Hooks;
 use crate::plan::MachineSize;
 use crate::request::{self, Stdio};
 
@@ -43,6 +44,7 @@ struct State {
     /// Sent before the named call is answered.
     before: HashMap<&'static str, protocol::Event>,
     silent_boot: bool,
+    hooks: Hooks,
     version: u32,
     launched: u32,
     released: u32,
@@ -51,6 +53,11 @@ struct State {
 impl Guest {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
         f(&mut self.state.lock().unwrap())
+    }
+
+    /// What the host runs around the container's life.
+    pub(super) fn hooks(&self, hooks: Hooks) {
+        self.with(|state| state.hooks = hooks);
     }
 
     /// Never answers this call.
@@ -218,8 +225,10 @@ impl Launcher for Guest {
             guest: GuestContainer {
                 rootfs: protocol::Rootfs::new(),
                 spec_json: b"{}".to_vec(),
+                files: Vec::new(),
                 hostname: "host".to_owned(),
             },
+            hooks: self.with(|state| state.hooks.clone()),
         })
     }
 }
