@@ -10,10 +10,8 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(pfns(data).count(), data.len() / 4);
     let _ = Stats::parse(data);
     let config = BalloonConfig {
-        limit: 1 << 20,
-        deflate_on_oom: true,
-        page_reporting: true,
-        stats: true,
+        free_page_hint: true,
+        ..BalloonConfig::default()
     };
-    misbehave(Balloon::new(config).expect("a descriptor"), data);
+    misbehave(Balloon::new(config, 1 << 20).expect("a descriptor"), data);
 });

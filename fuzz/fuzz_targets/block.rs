@@ -2,11 +2,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use supermachine_fuzz::{MemoryDisk, misbehave};
+use supermachine_fuzz::misbehave;
 use supermachine_vmm::devices::virtio::block::wire::{
     Disk, HEADER_LEN, RANGE_LEN, Request, SECTOR, parse, parse_range,
 };
 use supermachine_vmm::devices::virtio::block::{Block, BlockConfig};
+use supermachine_vmm::testing::MemoryDisk;
 
 const SECTORS: u64 = 64;
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::devices::virtio::FaultObserver;
+use crate::devices::virtio::balloon::BalloonConfig;
 use crate::devices::virtio::console::ConsoleConfig;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::error::Error;
@@ -32,8 +33,8 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// A socket into the guest.
     pub vsock: Option<VsockConfig>,
-    /// Whether the guest can give memory back.
-    pub balloon: bool,
+    /// How the guest gives memory back, if it does.
+    pub balloon: Option<BalloonConfig>,
     /// Whether the guest is given entropy.
     pub rng: bool,
     /// Hears of each device that faults, by id and reason.
@@ -65,7 +66,7 @@ impl VmConfig {
             disks: Vec::new(),
             console: None,
             vsock: None,
-            balloon: false,
+            balloon: None,
             rng: false,
             on_device_fault: None,
         }

@@ -204,6 +204,19 @@ impl VmHandle {
         self.ask("set balloon", Body::SetBalloon { bytes })
     }
 
+    /// Waits until the balloon holds what was asked of it. A guest short of memory may never come
+    /// to that.
+    ///
+    /// # Errors
+    /// Among others, of [`ErrorKind::State`](super::ErrorKind::State), when it doesn't within
+    /// `limit`.
+    pub fn await_balloon(&self, limit: Duration) -> Result<(), ControlError> {
+        let milliseconds = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let body = Body::AwaitBalloon { milliseconds };
+        let wait = limit.saturating_add(REQUEST_TIMEOUT);
+        self.shared.done("await balloon", body, &[], wait)
+    }
+
     /// What the balloon holds and the guest last reported.
     pub fn balloon_stats(&self) -> Result<BalloonStats, ControlError> {
         match self

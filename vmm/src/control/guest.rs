@@ -14,7 +14,7 @@ use super::message::{
 use super::outbox::Outbox;
 use super::server::News;
 use super::{CONTROL, describe};
-use crate::devices::virtio::balloon;
+use crate::devices::virtio::balloon::{self, BalloonConfig};
 use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
@@ -120,6 +120,15 @@ impl Guest {
                 .balloon()?
                 .set_target(bytes)
                 .map_err(|error| refuse(ErrorKind::Invalid, describe(&error)))?,
+            Body::AwaitBalloon { milliseconds } => {
+                let balloon = self.balloon()?;
+                let limit = Duration::from_millis(milliseconds);
+                return Ok(Done::Later(Box::new(move || {
+                    let reached = balloon.wait_for_target(limit);
+                    reached.map_err(|error| refuse(ErrorKind::State, describe(&error)))?;
+                    Ok(Answer::Done)
+                })));
+            }
             Body::BalloonStats => {
                 let balloon = self.balloon()?;
                 return Ok(Done::Later(Box::new(move || stats(&balloon))));
@@ -190,7 +199,7 @@ impl Guest {
             disks,
             console: boot.console.map(|console| self.console_config(console)),
             vsock,
-            balloon: boot.balloon,
+            balloon: boot.balloon.then(BalloonConfig::default),
             rng: boot.rng,
             on_device_fault: Some(Arc::new(move |device, reason| {
                 outbox.offer(ToParent::Event(Event::DeviceFault {
@@ -243,7 +252,8 @@ fn stats(balloon: &balloon::Handle) -> Result<Answer> {
     let report = balloon
         .report(STATS_WAIT)
         .map_err(|error| refuse(ErrorKind::Resource, describe(&error)))?;
-    let stats = report.stats;
+    let (stats, metrics) = (report.stats, balloon.metrics());
+    let refused = [&metrics.not_ram, &metrics.duplicates, &metrics.not_inflated];
     Ok(Answer::BalloonStats(BalloonStats {
         target: report.target,
         actual: report.actual,
@@ -253,6 +263,9 @@ fn stats(balloon: &balloon::Handle) -> Result<Answer> {
         disk_caches: stats.disk_caches,
         major_faults: stats.major_faults,
         minor_faults: stats.minor_faults,
+        reported: metrics.reported_bytes.get(),
+        discarded: metrics.discarded_bytes.get(),
+        refused_pages: refused.iter().map(|counter| counter.get()).sum(),
     }))
 }
 

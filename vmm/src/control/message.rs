@@ -48,6 +48,10 @@ pub(super) enum Body {
     SetBalloon {
         bytes: u64,
     },
+    /// Answered once the balloon has its target, or after that time.
+    AwaitBalloon {
+        milliseconds: u64,
+    },
     BalloonStats,
     Pause,
     Resume,
@@ -138,6 +142,15 @@ pub struct BalloonStats {
     pub major_faults: Option<u64>,
     /// Minor page faults since boot.
     pub minor_faults: Option<u64>,
+    /// Bytes that the guest has reported as free since boot.
+    #[serde(default)]
+    pub reported: u64,
+    /// Bytes that went back to the host since boot, reported or in the balloon.
+    #[serde(default)]
+    pub discarded: u64,
+    /// Pages the guest named that could not be: no RAM, twice in, or not in the balloon.
+    #[serde(default)]
+    pub refused_pages: u64,
 }
 
 /// Why a request failed, as far as a caller acts on it.

@@ -61,14 +61,12 @@ impl DeviceSet {
         if let Some(vsock) = config.vsock.take() {
             self.add(Box::new(Vsock::new(vsock).map_err(refused("vsock0"))?));
         }
-        if config.balloon {
-            let balloon = Balloon::new(BalloonConfig {
-                limit: balloon_limit(config.memory),
-                deflate_on_oom: true,
-                page_reporting: true,
-                stats: true,
-            });
-            let balloon = balloon.map_err(refused("balloon0"))?;
+        if let Some(balloon) = config.balloon {
+            let balloon = BalloonConfig {
+                floor: balloon.floor.max(balloon_floor(config.memory)),
+                ..balloon
+            };
+            let balloon = Balloon::new(balloon, config.memory).map_err(refused("balloon0"))?;
             handles.balloon = Some(balloon.handle());
             self.add(Box::new(balloon));
         }
@@ -153,9 +151,9 @@ pub(super) struct Handles {
     pub(super) balloon: Option<balloon::Handle>,
 }
 
-/// What a balloon may take: a guest keeps an eighth of its memory, and what a kernel needs.
-fn balloon_limit(memory: u64) -> u64 {
-    memory.saturating_sub((memory / 8).max(MIN_MEMORY))
+/// What a balloon leaves in any case: an eighth of the guest's memory, and what a kernel needs.
+fn balloon_floor(memory: u64) -> u64 {
+    (memory / 8).max(MIN_MEMORY)
 }
 
 /// What holds a disk's bytes: a file, or several that are only read.

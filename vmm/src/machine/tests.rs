@@ -13,6 +13,7 @@ use super::assembly::check;
 use super::*;
 use crate::arch::KernelError;
 use crate::config::DiskConfig;
+use crate::devices::virtio::balloon::BalloonConfig;
 use crate::hypervisor::fake::{Fake, Step};
 use crate::hypervisor::{Fault, HypervisorError};
 
@@ -226,7 +227,7 @@ fn a_vm_that_is_never_started_leaves_nothing_behind() {
 fn a_vm_takes_more_devices_than_there_are_interrupt_pins() {
     let mut config = config(&out(&[(0x600, 0x34)]));
     config.rng = true;
-    config.balloon = true;
+    config.balloon = Some(BalloonConfig::default());
     for index in 0..40 {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();

@@ -1,4 +1,4 @@
-//! Guest RAM: allocated here, shared with every device, discarded page by page for the balloon.
+//! Guest RAM: mapped here, shared with every device, discarded page by page for the balloon.
 
 #![allow(unsafe_code)]
 
@@ -6,8 +6,10 @@ mod mapping;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
+use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -29,6 +31,8 @@ pub struct GuestMemory {
 struct Ram {
     /// Sorted by guest address and never overlapping.
     regions: Vec<Region>,
+    /// Set where discarding is not a matter between this process and its kernel alone.
+    stage_two: OnceLock<Box<dyn StageTwo>>,
 }
 
 #[derive(Debug)]
@@ -38,11 +42,26 @@ struct Region {
     mapping: Mapping,
 }
 
-/// What [`GuestMemory::discard`] did.
+/// The hypervisor's own map of guest RAM, where it holds on to pages by itself: such memory is
+/// unmapped, replaced and mapped again to be given back. Linux needs none, as KVM follows this
+/// process's map.
+pub trait StageTwo: fmt::Debug + Send + Sync {
+    /// Takes `len` bytes at a guest address out of the guest's map.
+    fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()>;
+
+    /// Maps them again, from `host`.
+    fn map(&self, start: GuestAddress, host: *mut u8, len: u64) -> io::Result<()>;
+}
+
+/// A range of guest RAM that begins as a part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Discarded {
-    /// The pages went back to the host; the guest reads zeroes there until it writes again.
-    Freed,
+pub struct FileRange {
+    /// First guest address.
+    pub start: GuestAddress,
+    /// Bytes.
+    pub size: u64,
+    /// Where in the file they are.
+    pub offset: u64,
 }
 
 /// Why guest RAM could not be set up.
@@ -55,6 +74,14 @@ pub enum MemoryError {
         size: u64,
         /// What `mmap` answered.
         source: io::Error,
+    },
+    /// The file ends before the guest's RAM does: to touch that would end the VMM.
+    #[error("File of guest RAM has {len} bytes, {needed} are needed")]
+    ShortFile {
+        /// Bytes there are.
+        len: u64,
+        /// Bytes there must be.
+        needed: u64,
     },
     /// Ranges must be page-aligned, not empty, ascending and disjoint.
     #[error(
@@ -109,9 +136,55 @@ impl GuestMemory {
     /// [`MemoryError::BadRange`] for a range that is empty, not made of 4 KiB pages or out of order;
     /// [`MemoryError::Map`] when the host refuses.
     pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Self, MemoryError> {
+        Self::build(ranges, |_, bytes| Mapping::anonymous(bytes))
+    }
+
+    /// The same in files without a name, so that another process can map them.
+    ///
+    /// # Errors
+    /// As [`anonymous`](Self::anonymous).
+    #[cfg(target_os = "linux")]
+    pub fn shared(ranges: &[(GuestAddress, u64)]) -> Result<Self, MemoryError> {
+        Self::build(ranges, |_, bytes| Mapping::shared(bytes))
+    }
+
+    /// Maps parts of `file` so that each guest has a copy of its own of what it writes, and shares
+    /// the rest with whoever maps the same file. Nothing is read before it is touched. The file must
+    /// not get shorter while the memory is in use.
+    ///
+    /// # Errors
+    /// As [`anonymous`](Self::anonymous), and [`MemoryError::ShortFile`].
+    pub fn from_file(file: &File, ranges: &[FileRange]) -> Result<Self, MemoryError> {
+        let needed = ranges
+            .iter()
+            .map(|range| range.offset.saturating_add(range.size))
+            .max()
+            .unwrap_or(0);
+        let map = |source| MemoryError::Map {
+            size: needed,
+            source,
+        };
+        let len = file.metadata().map_err(map)?.len();
+        if len < needed {
+            return Err(MemoryError::ShortFile { len, needed });
+        }
+        let places: Vec<_> = ranges
+            .iter()
+            .map(|range| (range.start, range.size))
+            .collect();
+        Self::build(&places, |index, bytes| {
+            let offset = ranges.get(index).map_or(0, |range| range.offset);
+            Mapping::private_file(bytes, file, offset)
+        })
+    }
+
+    fn build(
+        ranges: &[(GuestAddress, u64)],
+        make: impl Fn(usize, usize) -> io::Result<Mapping>,
+    ) -> Result<Self, MemoryError> {
         let mut regions: Vec<Region> = Vec::with_capacity(ranges.len());
         let mut free_from = 0;
-        for &(start, size) in ranges {
+        for (index, &(start, size)) in ranges.iter().enumerate() {
             let bad = || MemoryError::BadRange {
                 start: start.0,
                 size,
@@ -122,10 +195,9 @@ impl GuestMemory {
             }
             free_from = end;
             let bytes = usize::try_from(size).map_err(|_| bad())?;
-            let mapping =
-                Mapping::anonymous(bytes).map_err(|source| MemoryError::Map { size, source })?;
+            let mapping = make(index, bytes).map_err(|source| MemoryError::Map { size, source })?;
             // SAFETY: the mapping is `bytes` long, readable and writable, and lives in the same
-            // `Region`, behind the view.
+            // `Region`, behind the view. The view does not look at its flags.
             let view = unsafe {
                 MmapRegion::build_raw(
                     mapping.as_ptr(),
@@ -142,8 +214,18 @@ impl GuestMemory {
             regions.push(Region { view, mapping });
         }
         Ok(Self {
-            ram: Arc::new(Ram { regions }),
+            ram: Arc::new(Ram {
+                regions,
+                stage_two: OnceLock::new(),
+            }),
         })
+    }
+
+    /// Has [`discard`](Self::discard) go through a hypervisor that holds on to pages. Only the
+    /// first call counts.
+    pub fn set_stage_two(&self, stage_two: Box<dyn StageTwo>) {
+        // A second hypervisor for the same memory is not to be had.
+        let _ = self.ram.stage_two.set(stage_two);
     }
 
     /// Each region as guest address, host address and length, for the hypervisor to map.
@@ -167,13 +249,13 @@ impl GuestMemory {
         mapping::host_page()
     }
 
-    /// Gives `len` bytes from `start` back to the host. Both are multiples of
-    /// [`host_page`](Self::host_page); the range lies within one region.
+    /// Gives `len` bytes from `start` back to the host; the guest reads zeroes there until it writes
+    /// again. Both are multiples of [`host_page`](Self::host_page); the range lies within one region.
     ///
     /// # Errors
     /// A range that is not whole pages of one region, or a host that refuses; nothing was discarded
     /// in the former case.
-    pub fn discard(&self, start: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
+    pub fn discard(&self, start: GuestAddress, len: u64) -> Result<(), DiscardError> {
         let page = self.host_page();
         if !start.0.is_multiple_of(page) || !len.is_multiple_of(page) {
             return Err(DiscardError::Unaligned {
@@ -182,6 +264,37 @@ impl GuestMemory {
                 page,
             });
         }
+        let (region, offset) = self.place(start, len)?;
+        let done = match self.ram.stage_two.get() {
+            None => region.mapping.discard(offset, len),
+            Some(stage_two) => region.renew(&**stage_two, start, offset, len),
+        };
+        done.map_err(|source| DiscardError::Host {
+            start: start.0,
+            len,
+            source,
+        })
+    }
+
+    /// Bytes of the range that the host has in memory, in whole host pages. It lies within one
+    /// region and begins on a host page. Of RAM that began as a file, pages of that file count too.
+    ///
+    /// # Errors
+    /// As [`discard`](Self::discard).
+    pub fn resident(&self, start: GuestAddress, len: u64) -> Result<u64, DiscardError> {
+        let (region, offset) = self.place(start, len)?;
+        region
+            .mapping
+            .resident(offset, len)
+            .map_err(|source| DiscardError::Host {
+                start: start.0,
+                len,
+                source,
+            })
+    }
+
+    /// The region that holds all of a range, and where in it that begins.
+    fn place(&self, start: GuestAddress, len: u64) -> Result<(&Region, u64), DiscardError> {
         let not_ram = || DiscardError::NotRam {
             start: start.0,
             len,
@@ -197,14 +310,25 @@ impl GuestMemory {
         if end > region.view.len() {
             return Err(not_ram());
         }
-        region
-            .mapping
-            .discard(offset, len)
-            .map_err(|source| DiscardError::Host {
-                start: start.0,
-                len,
-                source,
-            })
+        Ok((region, offset))
+    }
+}
+
+impl Region {
+    /// Replaces memory while the guest has no map of it. What fails leaves the guest with the old
+    /// memory.
+    fn renew(
+        &self,
+        stage_two: &dyn StageTwo,
+        start: GuestAddress,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        let at = usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        stage_two.unmap(start, len)?;
+        let renewed = self.mapping.renew(offset, len);
+        stage_two.map(start, self.mapping.as_ptr().wrapping_add(at), len)?;
+        renewed
     }
 }
 

@@ -1,3 +1,7 @@
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
 use super::*;
 use vm_memory::Bytes;
 
@@ -42,10 +46,7 @@ fn discard_zeroes_only_the_range() {
             .write_obj(0x5aa5u16, GuestAddress(index * page))
             .unwrap();
     }
-    assert_eq!(
-        memory.discard(GuestAddress(page), page).unwrap(),
-        Discarded::Freed
-    );
+    memory.discard(GuestAddress(page), page).unwrap();
     let at = |index: u64| memory.read_obj::<u16>(GuestAddress(index * page)).unwrap();
     assert_eq!((at(0), at(1), at(2)), (0x5aa5, 0, 0x5aa5));
 }
@@ -95,4 +96,158 @@ fn ranges_must_be_pages_in_order() {
         bad(&[(page(0), 8192), (page(4096), 4096)]),
         MemoryError::BadRange { start: 4096, .. }
     ));
+}
+
+/// Four pages of memory, each beginning with a number, of which the middle two are discarded.
+fn discard_the_middle(memory: &GuestMemory) {
+    let page = memory.host_page();
+    let at = |index: u64| GuestAddress(index * page);
+    for index in 0..4 {
+        memory.write_obj(100 + index as u16, at(index)).unwrap();
+    }
+    assert_eq!(memory.resident(at(0), 4 * page).unwrap(), 4 * page);
+    memory.discard(at(1), 2 * page).unwrap();
+    assert_eq!(memory.resident(at(1), 2 * page).unwrap(), 0);
+    let numbers: Vec<u16> = (0..4)
+        .map(|index| memory.read_obj(at(index)).unwrap())
+        .collect();
+    assert_eq!(numbers, [100, 0, 0, 103]);
+    // It is memory like any other, and can go again.
+    memory.write_obj(7_u16, at(1)).unwrap();
+    assert_eq!(memory.read_obj::<u16>(at(1)).unwrap(), 7);
+    memory.discard(at(0), 2 * page).unwrap();
+    assert_eq!(memory.read_obj::<u64>(at(0)).unwrap(), 0);
+    assert_eq!(memory.read_obj::<u64>(at(1)).unwrap(), 0);
+    assert_eq!(memory.read_obj::<u16>(at(3)).unwrap(), 103);
+}
+
+#[test]
+fn anonymous_memory_is_discarded() {
+    discard_the_middle(&two_regions());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn shared_memory_is_discarded() {
+    discard_the_middle(&GuestMemory::shared(&[(GuestAddress(0), MIB)]).unwrap());
+}
+
+/// A file of `size` bytes, all `0x5a`, without a name.
+fn file(size: u64) -> std::fs::File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&vec![0x5a; size as usize]).unwrap();
+    file
+}
+
+#[test]
+fn copies_of_a_file_are_discarded_and_never_show_the_file_again() {
+    let page = GuestMemory::anonymous(&[(GuestAddress(0), MIB)])
+        .unwrap()
+        .host_page();
+    let file = file(2 * MIB + page);
+    let ranges = [
+        FileRange {
+            start: GuestAddress(0),
+            size: MIB,
+            offset: page,
+        },
+        FileRange {
+            start: GuestAddress(1 << 32),
+            size: MIB,
+            offset: MIB + page,
+        },
+    ];
+    file.write_all_at(&[1], page).unwrap();
+    file.write_all_at(&[2], MIB + page).unwrap();
+    let [memory, other] = [(); 2].map(|()| GuestMemory::from_file(&file, &ranges).unwrap());
+    let read = |memory: &GuestMemory, at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+    assert_eq!((read(&memory, 0), read(&memory, 1 << 32)), (1, 2));
+    assert_eq!(read(&memory, 8 * page), 0x5a);
+
+    // Never touched, read, written: all are gone alike, in this copy.
+    memory.write_obj(9_u8, GuestAddress(9 * page)).unwrap();
+    memory.discard(GuestAddress(7 * page), 3 * page).unwrap();
+    assert_eq!(
+        memory.resident(GuestAddress(7 * page), 3 * page).unwrap(),
+        0
+    );
+    assert_eq!([7, 8, 9].map(|index| read(&memory, index * page)), [0; 3]);
+    assert_eq!([6, 10].map(|index| read(&memory, index * page)), [0x5a; 2]);
+    discard_the_middle(&memory);
+    assert_eq!([7, 8, 9].map(|index| read(&other, index * page)), [0x5a; 3]);
+    let mut unchanged = [0; 1];
+    file.read_exact_at(&mut unchanged, 10 * page).unwrap();
+    assert_eq!(unchanged, [0x5a]);
+}
+
+#[test]
+fn a_file_shorter_than_the_guests_ram_is_refused() {
+    let range = FileRange {
+        start: GuestAddress(0),
+        size: MIB,
+        offset: 4096,
+    };
+    let error = GuestMemory::from_file(&file(MIB), &[range]).unwrap_err();
+    assert!(
+        matches!(error, MemoryError::ShortFile { len: MIB, needed } if needed == MIB + 4096),
+        "{error}"
+    );
+}
+
+/// What was called, with guest address, host address and length.
+type Call = (&'static str, u64, usize, u64);
+
+/// Notes what it is told, and refuses to map or unmap on request.
+#[derive(Clone, Debug, Default)]
+struct Map {
+    calls: Arc<Mutex<Vec<Call>>>,
+    refuses: Arc<Mutex<Option<&'static str>>>,
+}
+
+impl Map {
+    fn note(&self, call: &'static str, start: u64, host: usize, len: u64) -> io::Result<()> {
+        self.calls.lock().unwrap().push((call, start, host, len));
+        if *self.refuses.lock().unwrap() == Some(call) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        Ok(())
+    }
+}
+
+impl StageTwo for Map {
+    fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        self.note("unmap", start.0, 0, len)
+    }
+
+    fn map(&self, start: GuestAddress, host: *mut u8, len: u64) -> io::Result<()> {
+        self.note("map", start.0, host as usize, len)
+    }
+}
+
+#[test]
+fn a_hypervisor_that_holds_pages_is_told_before_and_after() {
+    let memory = two_regions();
+    let map = Map::default();
+    memory.set_stage_two(Box::new(map.clone()));
+    discard_the_middle(&memory);
+    map.calls.lock().unwrap().clear();
+
+    let (start, page) = (GuestAddress((1 << 32) + 4096 * 16), memory.host_page() * 2);
+    let host = memory.host_ranges().nth(1).unwrap().1 as usize + 4096 * 16;
+    memory.write_obj(5_u8, start).unwrap();
+    memory.discard(start, page).unwrap();
+    assert_eq!(
+        *map.calls.lock().unwrap(),
+        [("unmap", start.0, 0, page), ("map", start.0, host, page)]
+    );
+    assert_eq!(memory.read_obj::<u8>(start).unwrap(), 0);
+
+    // What can't be taken from the guest is left alone.
+    memory.write_obj(6_u8, start).unwrap();
+    *map.refuses.lock().unwrap() = Some("unmap");
+    assert!(matches!(
+        memory.discard(start, page),
+        Err(DiscardError::Host { .. })
+    ));
+    assert_eq!(memory.read_obj::<u8>(start).unwrap(), 6);
 }

@@ -137,22 +137,13 @@ impl Guest {
         self.read(buffer.addr, buffer.len as usize)
     }
 
-    /// How many 4 KiB pages of the host hold something in `addr..addr + len`, which lies within
-    /// one range of RAM.
-    #[cfg(target_os = "linux")]
-    #[allow(unsafe_code)]
-    pub fn resident(&self, addr: u64, len: u64) -> usize {
-        let (start, host, _) = self
+    /// How many pages of the host hold something in `addr..addr + len`, which lies within one range
+    /// of RAM.
+    pub fn resident(&self, addr: u64, len: u64) -> u64 {
+        let bytes = self
             .memory
-            .host_ranges()
-            .find(|(start, _, size)| addr >= start.0 && addr + len <= start.0 + size)
+            .resident(GuestAddress(addr), len)
             .expect("an address in RAM");
-        let place = host.wrapping_add(usize::try_from(addr - start.0).expect("an address in RAM"));
-        let mut pages = vec![0_u8; usize::try_from(len.div_ceil(4096)).expect("a small range")];
-        // SAFETY: the range was found to be in a mapping that `self` keeps, and the answer has a
-        // byte for each of its pages.
-        let answer = unsafe { libc::mincore(place.cast(), len as usize, pages.as_mut_ptr()) };
-        assert_eq!(answer, 0, "mincore: {}", std::io::Error::last_os_error());
-        pages.iter().filter(|page| **page & 1 != 0).count()
+        bytes / self.memory.host_page()
     }
 }

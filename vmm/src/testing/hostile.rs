@@ -2,7 +2,7 @@
 //! search for the deed that hurts.
 
 use super::driver::raw;
-use super::{Rig, flags};
+use super::{DriverQueue, Guest, Rig, flags};
 use crate::devices::virtio::{F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 
 /// Activates the device and does what `bytes` say; the device may fault, but not panic, and always
@@ -44,47 +44,8 @@ pub fn run<D: VirtioDevice>(rig: &mut Rig<D>, bytes: &[u8]) {
 }
 
 fn step<D: VirtioDevice>(rig: &mut Rig<D>, script: &mut Script<'_>, index: usize, data: u64) {
-    let size = rig.queues[index].size();
     match script.byte() % 16 {
-        // A descriptor, wild or plausible.
-        0..=4 => {
-            let (addr, len) = (script.address(rig, data), script.length());
-            let (flags, next) = (script.flags(), u16::from(script.byte()) % (size + 1));
-            let at = u16::from(script.byte()) % size;
-            rig.queues[index].raw_descriptor(at, addr, len, flags, next);
-        }
-        // Contents: what a descriptor may refer to, an indirect table among them.
-        5 | 6 => {
-            let at = data + u64::from(script.byte()) * 16;
-            let fill: Vec<u8> = (0..script.byte() % 64).map(|_| script.byte()).collect();
-            rig.guest.write(at, &fill);
-        }
-        7 => {
-            let at = data + u64::from(script.byte() % 32) * 16;
-            let (addr, len) = (script.address(rig, data), script.length());
-            let entry = raw(addr, len, script.flags(), u16::from(script.byte()) % 40);
-            rig.guest.write(at, &entry);
-        }
-        // A good chain: readable, then writable, both in RAM.
-        8..=10 => {
-            let readable = u32::from(script.byte());
-            let writable = u32::from(script.byte());
-            let head = u16::from(script.byte()) % size;
-            let tail = (head + 1) % size;
-            let queue = &mut rig.queues[index];
-            queue.raw_descriptor(head, data, readable, flags::NEXT, tail);
-            queue.raw_descriptor(tail, data + 4096, writable, flags::WRITE, 0);
-            queue.publish(head);
-        }
-        11 | 12 => {
-            let head = u16::from(script.byte()) % (size + 1);
-            rig.queues[index].publish(head);
-        }
-        13 => {
-            let jump = u16::from(script.byte());
-            let index_now = rig.queues[index].avail_index();
-            rig.queues[index].set_avail_index(index_now.wrapping_add(jump));
-        }
+        deed @ 0..=13 => spoil(&rig.guest, &mut rig.queues, script, (deed, index), data),
         14 => {
             let bytes = script.long().to_le_bytes();
             rig.device
@@ -97,11 +58,63 @@ fn step<D: VirtioDevice>(rig: &mut Rig<D>, script: &mut Script<'_>, index: usize
     }
 }
 
+/// Deed 0 to 13 upon the rings of queue `index`, or on memory that they may refer to.
+pub(super) fn spoil(
+    guest: &Guest,
+    queues: &mut [DriverQueue],
+    script: &mut Script<'_>,
+    (deed, index): (u8, usize),
+    data: u64,
+) {
+    let size = queues[index].size();
+    match deed {
+        // A descriptor, wild or plausible.
+        0..=4 => {
+            let (addr, len) = (script.address(guest, queues, data), script.length());
+            let (flags, next) = (script.flags(), u16::from(script.byte()) % (size + 1));
+            let at = u16::from(script.byte()) % size;
+            queues[index].raw_descriptor(at, addr, len, flags, next);
+        }
+        // Contents: what a descriptor may refer to, an indirect table among them.
+        5 | 6 => {
+            let at = data + u64::from(script.byte()) * 16;
+            let fill: Vec<u8> = (0..script.byte() % 64).map(|_| script.byte()).collect();
+            guest.write(at, &fill);
+        }
+        7 => {
+            let at = data + u64::from(script.byte() % 32) * 16;
+            let (addr, len) = (script.address(guest, queues, data), script.length());
+            let entry = raw(addr, len, script.flags(), u16::from(script.byte()) % 40);
+            guest.write(at, &entry);
+        }
+        // A good chain: readable, then writable, both in RAM.
+        8..=10 => {
+            let readable = u32::from(script.byte());
+            let writable = u32::from(script.byte());
+            let head = u16::from(script.byte()) % size;
+            let tail = (head + 1) % size;
+            let queue = &mut queues[index];
+            queue.raw_descriptor(head, data, readable, flags::NEXT, tail);
+            queue.raw_descriptor(tail, data + 4096, writable, flags::WRITE, 0);
+            queue.publish(head);
+        }
+        11 | 12 => {
+            let head = u16::from(script.byte()) % (size + 1);
+            queues[index].publish(head);
+        }
+        _ => {
+            let jump = u16::from(script.byte());
+            let index_now = queues[index].avail_index();
+            queues[index].set_avail_index(index_now.wrapping_add(jump));
+        }
+    }
+}
+
 /// Bytes, and zeroes behind their end.
-struct Script<'a>(&'a [u8]);
+pub(super) struct Script<'a>(pub(super) &'a [u8]);
 
 impl Script<'_> {
-    fn byte(&mut self) -> u8 {
+    pub(super) fn byte(&mut self) -> u8 {
         match self.0.split_first() {
             Some((first, rest)) => {
                 self.0 = rest;
@@ -111,21 +124,21 @@ impl Script<'_> {
         }
     }
 
-    fn long(&mut self) -> u64 {
+    pub(super) fn long(&mut self) -> u64 {
         u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
     }
 
-    fn address<D>(&mut self, rig: &Rig<D>, data: u64) -> u64 {
+    pub(super) fn address(&mut self, guest: &Guest, queues: &[DriverQueue], data: u64) -> u64 {
         let small = u64::from(self.byte()) * 16;
         match self.byte() % 12 {
             0 => 0,
-            1 => rig.guest.end() - small,
-            2 => rig.guest.end() + small,
+            1 => guest.end() - small,
+            2 => guest.end() + small,
             3 => u64::MAX - small,
             4 => self.long(),
             // Onto the rings themselves.
             5 => {
-                let queue = &rig.queues[usize::from(self.byte()) % rig.queues.len()];
+                let queue = &queues[usize::from(self.byte()) % queues.len()];
                 queue.addresses()[usize::from(self.byte()) % 3] + small
             }
             _ => data + small,

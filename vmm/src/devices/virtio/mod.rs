@@ -9,6 +9,8 @@ mod interrupt;
 pub mod metrics;
 pub mod queue;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 pub mod transport;
 pub mod vsock;
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::handle::Shared;
+use super::reclaim::Pages;
 use super::worker::{Queues, Worker};
 use super::{
-    BalloonConfig, F_DEFLATE_ON_OOM, F_MUST_TELL_HOST, F_PAGE_REPORTING, F_STATS_VQ, Handle, Host,
-    PAGE, TYPE,
+    BalloonConfig, F_DEFLATE_ON_OOM, F_FREE_PAGE_HINT, F_MUST_TELL_HOST, F_PAGE_POISON,
+    F_PAGE_REPORTING, F_STATS_VQ, Handle, Host, PAGE, TYPE,
 };
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::memory::GuestMemory;
@@ -17,8 +18,9 @@ use crate::sys::reactor::Running;
 
 /// Linux wants room for 32 pages at once to report any.
 const QUEUE_SIZE: u16 = 128;
-/// The offset of `actual`, the one field a driver writes (virtio 1.2, 5.5.4).
+/// The offsets of what a driver writes (virtio 1.2, 5.5.4).
 const ACTUAL: usize = 4;
+const POISON: usize = 12;
 
 type HostOf = dyn Fn(&GuestMemory) -> Host + Send;
 
@@ -31,16 +33,20 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// Makes a balloon with target 0.
+    /// Makes a balloon with target 0 for a guest with `memory` bytes.
     ///
     /// # Errors
     /// When the host has no more descriptors.
-    pub fn new(config: BalloonConfig) -> io::Result<Self> {
-        Self::on_host(config, Box::new(Host::of))
+    pub fn new(config: BalloonConfig, memory: u64) -> io::Result<Self> {
+        Self::on_host(config, memory, Box::new(Host::of))
     }
 
-    pub(super) fn on_host(config: BalloonConfig, host_of: Box<HostOf>) -> io::Result<Self> {
-        let shared = Arc::new(Shared::new(config.limit)?);
+    pub(super) fn on_host(
+        config: BalloonConfig,
+        memory: u64,
+        host_of: Box<HostOf>,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared::new(memory.saturating_sub(config.floor))?);
         Ok(Self {
             config,
             shared,
@@ -56,14 +62,16 @@ impl Balloon {
         }
     }
 
-    /// `struct virtio_balloon_config` (virtio 1.2, 5.5.4); its last two fields go with features
-    /// that are not offered.
+    /// `struct virtio_balloon_config` (virtio 1.2, 5.5.4).
     fn config_space(&self) -> [u8; 16] {
         let mut space = [0; 16];
         let target = self.shared.target.load(Ordering::SeqCst);
         let actual = self.shared.actual.load(Ordering::SeqCst);
         space[..4].copy_from_slice(&target.to_le_bytes());
+        let poison = self.shared.poison.load(Ordering::SeqCst);
         space[ACTUAL..ACTUAL + 4].copy_from_slice(&actual.to_le_bytes());
+        space[8..12].copy_from_slice(&self.shared.hints.command().to_le_bytes());
+        space[POISON..POISON + 4].copy_from_slice(&poison.to_le_bytes());
         space
     }
 }
@@ -86,7 +94,13 @@ impl VirtioDevice for Balloon {
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
-        let optional = [self.config.stats, self.config.page_reporting];
+        let BalloonConfig {
+            stats,
+            free_page_hint,
+            page_reporting,
+            ..
+        } = self.config;
+        let optional = [stats, free_page_hint, page_reporting];
         let queues = 2 + optional.iter().filter(|offered| **offered).count();
         vec![QUEUE_SIZE; queues]
     }
@@ -94,6 +108,8 @@ impl VirtioDevice for Balloon {
     fn features(&self) -> u64 {
         let offer = |offered: bool, feature: u64| if offered { feature } else { 0 };
         F_MUST_TELL_HOST
+            | F_PAGE_POISON
+            | offer(self.config.free_page_hint, F_FREE_PAGE_HINT)
             | offer(self.config.stats, F_STATS_VQ)
             | offer(self.config.deflate_on_oom, F_DEFLATE_ON_OOM)
             | offer(self.config.page_reporting, F_PAGE_REPORTING)
@@ -104,18 +120,22 @@ impl VirtioDevice for Balloon {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let mut actual = self.shared.actual.load(Ordering::SeqCst).to_le_bytes();
-        for (at, byte) in (offset..=u64::MAX).zip(data) {
-            let place = usize::try_from(at)
-                .ok()
-                .and_then(|at| at.checked_sub(ACTUAL));
-            if let Some(place) = place.and_then(|place| actual.get_mut(place)) {
-                *place = *byte;
+        for (field, at) in [(&self.shared.actual, ACTUAL), (&self.shared.poison, POISON)] {
+            let mut bytes = field.load(Ordering::SeqCst).to_le_bytes();
+            let before = bytes;
+            for (offset, byte) in (offset..=u64::MAX).zip(data) {
+                let place = usize::try_from(offset)
+                    .ok()
+                    .and_then(|offset| offset.checked_sub(at));
+                if let Some(place) = place.and_then(|place| bytes.get_mut(place)) {
+                    *place = *byte;
+                }
+            }
+            if bytes != before {
+                field.store(u32::from_le_bytes(bytes), Ordering::SeqCst);
+                self.shared.wake();
             }
         }
-        self.shared
-            .actual
-            .store(u32::from_le_bytes(actual), Ordering::SeqCst);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
@@ -135,6 +155,7 @@ impl VirtioDevice for Balloon {
             inflate: take(true).transpose()?,
             deflate: take(true).transpose()?,
             stats: take(has(F_STATS_VQ)).transpose()?,
+            hints: take(has(F_FREE_PAGE_HINT)).transpose()?,
             reporting: take(has(F_PAGE_REPORTING)).transpose()?,
         };
         let host = (self.host_of)(&activation.memory);
@@ -143,15 +164,11 @@ impl VirtioDevice for Balloon {
         let may_discard = host.page == PAGE || has(F_MUST_TELL_HOST);
         let interrupt = activation.interrupt.clone();
         let reactor = activation.reactor.clone();
-        let worker = Worker::new(
-            activation,
-            queues,
-            host,
-            may_discard,
-            Arc::clone(&self.shared),
-        );
+        let pages = Pages::new(&activation.memory, host, may_discard, has(F_PAGE_POISON));
+        let worker = Worker::new(activation, queues, pages, Arc::clone(&self.shared));
         self.running = Some(reactor.spawn(worker)?);
         self.shared.set_interrupt(Some(interrupt));
+        self.shared.hints.set_possible(has(F_FREE_PAGE_HINT));
         Ok(())
     }
 
@@ -159,6 +176,8 @@ impl VirtioDevice for Balloon {
         self.shared.set_interrupt(None);
         self.running = None;
         // The driver's balloon ends with the driver; the target is the host's and stays.
-        self.shared.actual.store(0, Ordering::SeqCst);
+        self.shared.hints.set_possible(false);
+        self.shared.poison.store(0, Ordering::SeqCst);
+        self.shared.set_actual(0);
     }
 }

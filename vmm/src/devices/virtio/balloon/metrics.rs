@@ -11,7 +11,9 @@ pub struct Metrics {
     pub deflated_pages: Counter,
     /// Bytes reported as free.
     pub reported_bytes: Counter,
-    /// Bytes given back to the host, inflated or reported.
+    /// Bytes hinted as free while that was asked for.
+    pub hinted_bytes: Counter,
+    /// Bytes given back to the host, inflated, reported or hinted.
     pub discarded_bytes: Counter,
     /// Times the host was asked to discard.
     pub discards: Counter,
@@ -29,6 +31,10 @@ pub struct Metrics {
     pub wrong_direction: Counter,
     /// Chains with more than one turn takes; what was over that was passed over.
     pub oversized: Counter,
+    /// Chains with free pages that were kept, since the guest relies on what is in them.
+    pub poisoned: Counter,
+    /// Chains with hints that nobody asked for, or that came too late.
+    pub stale_hints: Counter,
     /// Statistics received.
     pub stats_updates: Counter,
 }

@@ -5,11 +5,16 @@
 //! also names pages that merely are free. Everything a guest says here is a wish: pages that are not
 //! RAM, are named twice or are in no balloon are passed over and counted, and a page of the host is
 //! discarded only when every guest page in it is in the balloon.
+//!
+//! Free pages come back in three ways: [reported](BalloonConfig::page_reporting) by the guest all the
+//! time, [hinted](BalloonConfig::free_page_hint) when the host asks, or by a target.
 
 mod device;
 mod handle;
+mod hints;
 mod metrics;
 mod pages;
+mod reclaim;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -19,7 +24,7 @@ use std::fmt;
 
 use vm_memory::GuestAddress;
 
-use crate::memory::{DiscardError, Discarded, GuestMemory};
+use crate::memory::{DiscardError, GuestMemory};
 
 pub use device::Balloon;
 pub use handle::{BalloonError, Handle, Report};
@@ -36,29 +41,47 @@ const TYPE: u32 = 5;
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+const F_FREE_PAGE_HINT: u64 = 1 << 3;
+const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
 /// What a balloon offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonConfig {
-    /// The largest target, in bytes: what has to stay with the guest is the machine's to say.
-    pub limit: u64,
+    /// Bytes that no target may take from the guest. A machine keeps an eighth of its memory, and
+    /// what a kernel needs, whatever is said here.
+    pub floor: u64,
     /// A guest short of memory takes pages back rather than kill a process.
     pub deflate_on_oom: bool,
     /// The guest reports free pages by itself, without a target.
     pub page_reporting: bool,
+    /// The guest can be asked for its free pages ([`Handle::discard_free_pages`]).
+    pub free_page_hint: bool,
     /// The guest tells how it uses its memory.
     pub stats: bool,
+}
+
+impl Default for BalloonConfig {
+    /// Everything but hints, which reporting makes unnecessary, and no floor but the machine's.
+    fn default() -> Self {
+        Self {
+            floor: 0,
+            deflate_on_oom: true,
+            page_reporting: true,
+            free_page_hint: false,
+            stats: true,
+        }
+    }
 }
 
 /// Gives guest memory back to the host; [`GuestMemory`] is the one outside tests.
 trait Discard: fmt::Debug + Send {
     /// Discards whole host pages.
-    fn discard(&self, start: GuestAddress, len: u64) -> Result<Discarded, DiscardError>;
+    fn discard(&self, start: GuestAddress, len: u64) -> Result<(), DiscardError>;
 }
 
 impl Discard for GuestMemory {
-    fn discard(&self, start: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
+    fn discard(&self, start: GuestAddress, len: u64) -> Result<(), DiscardError> {
         GuestMemory::discard(self, start, len)
     }
 }

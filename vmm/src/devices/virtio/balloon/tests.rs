@@ -1,7 +1,9 @@
+mod hints;
+mod host;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
@@ -13,24 +15,28 @@ use crate::testing::{Buffer, Guest, Rig, suite};
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATS: u16 = 2;
-const REPORTING: u16 = 3;
+const HINTS: u16 = 3;
+const REPORTING: u16 = 4;
 
 const BASE: u64 = 2 << 20;
 const SIZE: u64 = 4 << 20;
 /// Pages from here on are for the balloon; buffers lie before.
 const FIELD: u64 = BASE + (2 << 20);
 
+/// What the guest is said to have; the balloons leave `FLOOR` of it.
+const MEMORY: u64 = 1 << 30;
+const FLOOR: u64 = 1 << 20;
+
 fn config() -> BalloonConfig {
     BalloonConfig {
-        limit: 1 << 30,
-        deflate_on_oom: true,
-        page_reporting: true,
-        stats: true,
+        floor: FLOOR,
+        free_page_hint: true,
+        ..BalloonConfig::default()
     }
 }
 
 fn balloon() -> Balloon {
-    Balloon::new(config()).unwrap()
+    Balloon::new(config(), MEMORY).unwrap()
 }
 
 /// A balloon on a host with pages of `page` bytes.
@@ -39,7 +45,7 @@ fn on_host(page: u64) -> Balloon {
         page,
         ..Host::of(memory)
     };
-    Balloon::on_host(config(), Box::new(host_of)).unwrap()
+    Balloon::on_host(config(), MEMORY, Box::new(host_of)).unwrap()
 }
 
 /// An active balloon with a guest whose RAM does not begin at 0 and is filled.
@@ -356,8 +362,8 @@ fn reports_keep_to_whole_pages_of_the_host() {
 #[test]
 fn queues_are_numbered_by_what_was_negotiated() {
     let offered = balloon();
-    assert_eq!(offered.queue_max_sizes().len(), 4);
-    assert_eq!(offered.features(), 0b10_0111);
+    assert_eq!(offered.queue_max_sizes().len(), 5);
+    assert_eq!(offered.features(), 0b11_1111);
     let mut rig = rig(offered);
     rig.device.reset();
     // Reporting alone: it is queue 2 then.
@@ -368,103 +374,17 @@ fn queues_are_numbered_by_what_was_negotiated() {
     assert_eq!(gone(&rig, 4), [1]);
 
     let none = BalloonConfig {
+        floor: 0,
         page_reporting: false,
+        free_page_hint: false,
         stats: false,
         deflate_on_oom: false,
-        ..config()
     };
-    let plain = Balloon::new(none).unwrap();
-    assert_eq!((plain.queue_max_sizes().len(), plain.features()), (2, 1));
-}
-
-fn stat(tag: u16, value: u64) -> Vec<u8> {
-    [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
-}
-
-#[test]
-fn statistics_are_kept_and_asked_for_by_returning_the_buffer() {
-    let mut rig = rig(balloon());
-    let handle = rig.device.handle();
-    let first = [
-        stat(4, 100),
-        stat(5, 2000),
-        stat(77, 9),
-        stat(4, 111),
-        vec![6, 0],
-    ]
-    .concat();
-    let buffer = rig.guest.put(&first);
-    let head = rig.submit(STATS, &[buffer]);
-    assert_eq!(rig.used(STATS), None, "the device keeps it");
-    let stats = handle.report(Duration::ZERO).unwrap().stats;
+    let plain = Balloon::new(none, MEMORY).unwrap();
     assert_eq!(
-        (stats.free, stats.total, stats.available),
-        (Some(111), Some(2000), None)
+        (plain.queue_max_sizes().len(), plain.features()),
+        (2, 0b1_0001)
     );
-
-    // Somebody wants fresh ones, in another thread; the guest answers.
-    let asking = handle.clone();
-    let asked = std::thread::spawn(move || asking.report(Duration::from_secs(20)).unwrap().stats);
-    rig.run_until(|rig| rig.queues[usize::from(STATS)].used_index() == 1);
-    assert_eq!(
-        rig.used(STATS).map(|used| (used.head, used.written)),
-        Some((head, 0))
-    );
-    rig.guest.write(buffer.addr, &stat(6, 42));
-    rig.submit(STATS, &[Buffer { len: 10, ..buffer }]);
-    let stats = asked.join().unwrap();
-    assert_eq!((stats.available, stats.free), (Some(42), None));
-    assert_eq!(handle.metrics().stats_updates.get(), 2);
-
-    // A driver with two buffers gets the older back.
-    let newer = rig.guest.put(&stat(8, 1));
-    rig.submit(STATS, &[newer]);
-    assert!(rig.used(STATS).is_some());
-    assert_eq!(rig.queues[usize::from(STATS)].lent(), 1);
-}
-
-#[test]
-fn statistics_nobody_sends_are_not_waited_for_without_end() {
-    let rig = rig(balloon());
-    let handle = rig.device.handle();
-    handle.set_target(8 * PAGE).unwrap();
-    let report = handle.report(Duration::from_millis(5)).unwrap();
-    assert_eq!(
-        report,
-        Report {
-            target: 8 * PAGE,
-            actual: 0,
-            stats: Stats::default()
-        }
-    );
-}
-
-#[test]
-fn a_target_is_told_by_configuration_and_interrupt() {
-    let mut rig = Rig::new(balloon());
-    let handle = rig.device.handle();
-    handle.set_target(100 * PAGE + 5).unwrap();
-    rig.activate();
-    assert_eq!(
-        rig.interrupt.config_count(),
-        0,
-        "a driver reads it when it starts"
-    );
-    assert_eq!(u32::from_le_bytes(rig.config(0)), 100);
-    handle.set_target(7 * PAGE).unwrap();
-    handle.set_target(7 * PAGE).unwrap();
-    assert_eq!(rig.interrupt.config_count(), 1);
-    assert_eq!(
-        (handle.target(), u32::from_le_bytes(rig.config(0))),
-        (7 * PAGE, 7)
-    );
-    let limit = config().limit;
-    handle.set_target(limit).unwrap();
-    let error = handle.set_target(limit + 1).unwrap_err();
-    assert!(
-        matches!(error, BalloonError::Target { asked, limit: most } if asked == limit + 1 && most == limit)
-    );
-    assert_eq!(handle.target(), limit);
 }
 
 #[test]
@@ -481,15 +401,18 @@ fn configuration_takes_bytes_halves_and_words() {
     device.write_config(5, &[0x22]);
     device.write_config(6, &[0x33, 0x00]);
     assert_eq!(handle.actual(), 0x33_2211 * PAGE);
-    // Over both edges, the target is not the driver's.
+    // Over both edges; target and command are not the driver's.
     device.write_config(2, &[0xff, 0xff, 0x44]);
     device.write_config(7, &[0x01, 0xff, 0xff]);
     device.write_config(0, &[0xff; 4]);
-    device.write_config(8, &[0xff; 8]);
+    device.write_config(8, &[0xff, 0xff, 0xff, 0xff, 0xaa, 0xbb]);
+    device.write_config(15, &[0xdd, 0xff]);
+    device.write_config(16, &[0xff; 8]);
     device.write_config(u64::MAX, &[0xff; 8]);
     assert_eq!(handle.actual(), 0x0133_2244 * PAGE);
     assert_eq!(handle.target(), 0x1_0203 * PAGE);
-    assert_eq!(rig.config(8), [0; 8]);
+    assert_eq!(rig.config(8), [0, 0, 0, 0, 0xaa, 0xbb, 0, 0xdd]);
+    assert_eq!(rig.config(16), [0; 8]);
 }
 
 #[test]
@@ -521,7 +444,7 @@ struct Note {
 }
 
 impl Discard for Note {
-    fn discard(&self, start: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
+    fn discard(&self, start: GuestAddress, len: u64) -> Result<(), DiscardError> {
         self.asked.lock().unwrap().push((start.0, len));
         if self.refuse.load(Ordering::SeqCst) {
             let source = io::ErrorKind::InvalidInput.into();
@@ -531,7 +454,7 @@ impl Discard for Note {
                 source,
             });
         }
-        Ok(Discarded::Freed)
+        Ok(())
     }
 }
 
@@ -543,7 +466,7 @@ fn a_host_that_refuses_is_counted_and_the_guest_goes_on() {
         page: PAGE,
         discard: Box::new(noting.clone()),
     };
-    let mut rig = rig(Balloon::on_host(config(), Box::new(host_of)).unwrap());
+    let mut rig = rig(Balloon::on_host(config(), MEMORY, Box::new(host_of)).unwrap());
     note.refuse.store(true, Ordering::SeqCst);
     inflate(&mut rig, [1]);
     note.refuse.store(false, Ordering::SeqCst);

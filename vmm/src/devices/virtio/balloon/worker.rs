@@ -3,13 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::GuestAddress;
-
 use super::handle::Shared;
-use super::pages::{PageSet, Refused, merge};
-use super::wire::{MAX_PFNS, MAX_STATS, PFN_LEN, STAT_LEN, Stats, pfns};
-use super::{Host, Metrics, PAGE};
-use crate::devices::virtio::queue::{Chain, CursorError, ServeError};
+use super::reclaim::{Pages, read};
+use super::wire::{MAX_STATS, STAT_LEN, Stats};
+use crate::devices::virtio::queue::{Chain, ServeError};
 use crate::devices::virtio::{Activation, ActiveQueue, Faults, Interrupt};
 use crate::sys::reactor::{self, Control, Interest, Readiness};
 
@@ -17,13 +14,12 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATS: usize = 2;
 const REPORTING: usize = 3;
+const HINTS: usize = 4;
 /// The host asks for statistics.
-const REQUEST: usize = 4;
+const REQUEST: usize = 5;
 
 /// Chains for each notification, so that other devices of the reactor have their turn.
 const BUDGET: usize = 4;
-/// The most bytes of one report that are discarded; Linux reports up to 32 blocks of 4 MiB.
-const MAX_REPORTED: u64 = 256 << 20;
 
 /// The queues that were negotiated.
 #[derive(Debug)]
@@ -31,6 +27,7 @@ pub(super) struct Queues {
     pub(super) inflate: Option<ActiveQueue>,
     pub(super) deflate: Option<ActiveQueue>,
     pub(super) stats: Option<ActiveQueue>,
+    pub(super) hints: Option<ActiveQueue>,
     pub(super) reporting: Option<ActiveQueue>,
 }
 
@@ -39,54 +36,42 @@ pub(super) struct Worker {
     queues: Queues,
     /// The driver's buffer for statistics, kept until new ones are wanted (virtio 1.2, 5.5.6.3).
     held: Option<Chain>,
-    balloon: Pages,
+    pages: Pages,
     interrupt: Interrupt,
     faults: Faults,
     shared: Arc<Shared>,
-}
-
-/// What pages go through.
-#[derive(Debug)]
-struct Pages {
-    inside: PageSet,
-    host: Host,
-    may_discard: bool,
 }
 
 impl Worker {
     pub(super) fn new(
         activation: Activation,
         queues: Queues,
-        host: Host,
-        may_discard: bool,
+        pages: Pages,
         shared: Arc<Shared>,
     ) -> Self {
-        let inside = PageSet::new(&activation.memory, host.page);
         Self {
             queues,
             held: None,
-            balloon: Pages {
-                inside,
-                host,
-                may_discard,
-            },
+            pages,
             interrupt: activation.interrupt,
             faults: activation.faults,
             shared,
         }
     }
 
-    fn queues(&self) -> [(usize, Option<&ActiveQueue>); 4] {
+    fn queues(&self) -> [(usize, Option<&ActiveQueue>); 5] {
         let Queues {
             inflate,
             deflate,
             stats,
+            hints,
             reporting,
         } = &self.queues;
         [
             (INFLATE, inflate.as_ref()),
             (DEFLATE, deflate.as_ref()),
             (STATS, stats.as_ref()),
+            (HINTS, hints.as_ref()),
             (REPORTING, reporting.as_ref()),
         ]
     }
@@ -94,48 +79,30 @@ impl Worker {
     fn serve(&mut self, token: usize) -> Result<(), ServeError> {
         let Self {
             queues,
-            balloon,
+            pages,
             interrupt,
             shared,
             ..
         } = self;
-        let metrics = &shared.metrics;
-        // Nothing is ever written to the driver's buffers: used length 0 throughout.
-        match (token, queues) {
-            (
-                INFLATE,
-                Queues {
-                    inflate: Some(queue),
-                    ..
-                },
-            ) => queue.serve(interrupt, BUDGET, |chain| {
-                balloon.inflate(chain, metrics);
-                0
-            }),
-            (
-                DEFLATE,
-                Queues {
-                    deflate: Some(queue),
-                    ..
-                },
-            ) => queue.serve(interrupt, BUDGET, |chain| {
-                balloon.deflate(chain, metrics);
-                0
-            }),
-            (
-                REPORTING,
-                Queues {
-                    reporting: Some(queue),
-                    ..
-                },
-            ) => queue.serve(interrupt, BUDGET, |chain| {
-                balloon.report(chain, metrics);
-                0
-            }),
-            (STATS, _) => self.take_stats(),
-            (REQUEST, _) => self.request_stats(),
-            _ => Ok(()),
-        }
+        let active = match token {
+            INFLATE => &mut queues.inflate,
+            DEFLATE => &mut queues.deflate,
+            HINTS => &mut queues.hints,
+            REPORTING => &mut queues.reporting,
+            STATS => return self.take_stats(),
+            _ => return self.request_stats(),
+        };
+        let Some(active) = active else { return Ok(()) };
+        active.serve(interrupt, BUDGET, |chain| {
+            match token {
+                INFLATE => pages.inflate(chain, &shared.metrics),
+                DEFLATE => pages.deflate(chain, &shared.metrics),
+                HINTS => pages.hint(chain, shared),
+                _ => pages.report(chain, shared),
+            }
+            // Nothing is ever written to the driver's buffers.
+            0
+        })
     }
 
     /// Reads what the driver says of its memory, and keeps the buffer.
@@ -204,104 +171,10 @@ impl reactor::Worker for Worker {
             control.remove(REQUEST);
         }
         if let Err(fault) = self.serve(token) {
-            for token in [INFLATE, DEFLATE, STATS, REPORTING, REQUEST] {
+            for token in [INFLATE, DEFLATE, STATS, HINTS, REPORTING, REQUEST] {
                 control.remove(token);
             }
             self.faults.needs_reset(&fault);
         }
     }
-}
-
-impl Pages {
-    fn inflate(&mut self, chain: &Chain, metrics: &Metrics) {
-        let mut complete = Vec::new();
-        for pfn in pfns(&page_list(chain, metrics)) {
-            match self.inside.insert(pfn) {
-                Ok(first) => {
-                    metrics.inflated_pages.add(1);
-                    complete.extend(first);
-                }
-                Err(Refused::NotRam) => metrics.not_ram.add(1),
-                Err(Refused::Unchanged) => metrics.duplicates.add(1),
-            }
-        }
-        if self.may_discard {
-            for (first, pages) in merge(complete, self.host.page / PAGE) {
-                self.discard(first * PAGE, pages * PAGE, metrics);
-            }
-        }
-    }
-
-    fn deflate(&mut self, chain: &Chain, metrics: &Metrics) {
-        for pfn in pfns(&page_list(chain, metrics)) {
-            match self.inside.remove(pfn) {
-                Ok(()) => metrics.deflated_pages.add(1),
-                Err(Refused::NotRam) => metrics.not_ram.add(1),
-                Err(Refused::Unchanged) => metrics.not_inflated.add(1),
-            }
-        }
-    }
-
-    /// Discards what the guest reports as free (virtio 1.2, 5.5.6.7): the writable buffers of a
-    /// chain. They may be used again when the chain is returned, so not before.
-    fn report(&self, chain: &Chain, metrics: &Metrics) {
-        if chain.readable_len() > 0 {
-            metrics.wrong_direction.add(1);
-        }
-        if chain.writable_len() > MAX_REPORTED {
-            metrics.oversized.add(1);
-        }
-        let mut left = MAX_REPORTED;
-        for segment in chain.writable() {
-            let len = u64::from(segment.len).min(left);
-            left -= len;
-            metrics.reported_bytes.add(len);
-            // Whole pages of the host only. In RAM, so nothing overflows.
-            let (start, end) = (segment.addr.0, segment.addr.0 + len);
-            let first = start.next_multiple_of(self.host.page);
-            let behind = end - end % self.host.page;
-            if first != start || behind != end {
-                metrics.remainders.add(1);
-            }
-            if first < behind {
-                self.discard(first, behind - first, metrics);
-            }
-        }
-    }
-
-    fn discard(&self, start: u64, len: u64, metrics: &Metrics) {
-        metrics.discards.add(1);
-        match self.host.discard.discard(GuestAddress(start), len) {
-            Ok(_) => metrics.discarded_bytes.add(len),
-            // The guest keeps its word all the same; only the host gains nothing.
-            Err(error) => {
-                metrics.discard_failures.add(1);
-                tracing::debug!(%error, "Guest memory was not discarded");
-            }
-        }
-    }
-}
-
-/// The page list of a chain, as far as one turn goes.
-fn page_list(chain: &Chain, metrics: &Metrics) -> Vec<u8> {
-    if chain.writable_len() > 0 {
-        metrics.wrong_direction.add(1);
-    }
-    if !chain.readable_len().is_multiple_of(PFN_LEN as u64) {
-        metrics.remainders.add(1);
-    }
-    if chain.readable_len() > (MAX_PFNS * PFN_LEN) as u64 {
-        metrics.oversized.add(1);
-    }
-    // The chain was checked to be in RAM: there is no error to be had.
-    read(chain, MAX_PFNS * PFN_LEN).unwrap_or_default()
-}
-
-fn read(chain: &Chain, limit: usize) -> Result<Vec<u8>, CursorError> {
-    let len = usize::try_from(chain.readable_len())
-        .unwrap_or(limit)
-        .min(limit);
-    let mut bytes = vec![0; len];
-    chain.reader().read_exact(&mut bytes)?;
-    Ok(bytes)
 }
