@@ -133,7 +133,7 @@ impl Overlay {
 }
 
 /// Undoes the mount table's escapes, three octal digits each.
-fn unescape(text: &str) -> OsString {
+pub(crate) fn unescape(text: &str) -> OsString {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {

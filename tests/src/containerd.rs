@@ -35,13 +35,22 @@ impl Containerd {
     /// It cannot be started, ends, or does not say that it is ready within 90 s; its log's last
     /// lines are in the text.
     pub fn start(binary: &Path, env: &[(&str, &str)]) -> Result<Self> {
+        Self::configured(binary, env, "")
+    }
+
+    /// The same, with `more` at the end of its configuration.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn configured(binary: &Path, env: &[(&str, &str)], more: &str) -> Result<Self> {
         // Short: a socket's path has 107 bytes.
         let home = tempfile::Builder::new()
             .prefix("sm-")
             .tempdir()
             .context("no folder")?;
         let config = home.path().join("config.toml");
-        fs::write(&config, configuration(home.path())).context("cannot write its configuration")?;
+        let text = configuration(home.path()) + more;
+        fs::write(&config, text).context("cannot write its configuration")?;
         let mut containerd = Self {
             child: None,
             home,

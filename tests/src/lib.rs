@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod archive;
 pub mod bundle;
 pub mod containerd;
 pub mod ctr;

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
-use supermachine_protocol::FileContent;
+use supermachine_protocol::{FileContent, Partition};
 
 use crate::config::{Digest, Resolved};
 use crate::images::{self, Cache};
@@ -60,11 +60,14 @@ pub struct Resources {
     pub cgroup: Option<HostCgroup>,
 }
 
-/// A disk, opened. The open file is all there is to hold on to: it keeps a cached image from being
-/// removed, and a disk of the machine's own is gone when it is closed.
+/// A disk, opened. The open files are all there is to hold on to: they keep cached images from being
+/// removed and a snapshot's disk from others, and a disk of the machine's own is gone when it is closed.
 #[derive(Debug)]
 pub struct AcquiredDisk {
-    pub file: File,
+    /// One, or several that are only read and follow each other.
+    pub files: Vec<File>,
+    /// What the agent is to make of it.
+    pub partitions: Vec<Partition>,
     pub serial: String,
     pub read_only: bool,
 }

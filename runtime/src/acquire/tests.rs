@@ -152,13 +152,16 @@ fn what_was_acquired_is_gone_with_the_ledger_and_the_files() {
         .map(|disk| (disk.serial.as_str(), disk.read_only))
         .collect();
     // The writable directory held a file: it is the topmost layer.
-    let expected = [
-        ("lower-0", true),
-        ("lower-1", true),
-        ("lower-2", true),
-        ("writable-0", false),
-    ];
-    assert_eq!(found, expected);
+    assert_eq!(found, [("layers", true), ("writable-0", false)]);
+    let layers = &resources.disks[0];
+    let mut end = 0;
+    for (index, (file, part)) in layers.files.iter().zip(&layers.partitions).enumerate() {
+        assert_eq!(part.name, format!("lower-{index}"));
+        assert_eq!((part.disk.as_str(), part.offset), ("layers", end));
+        assert_eq!(part.length, file.metadata().expect("image").len());
+        end += part.length;
+    }
+    assert_eq!((layers.files.len(), layers.partitions.len()), (3, 3));
     assert_eq!(resources.state_dir, state);
     drop((resources, ledger));
     assert!(!state.exists());

@@ -12,13 +12,14 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
 use super::cache::own_path;
-use super::{Error, MKFS_EROFS, mkfs};
+use super::{Error, MKFS_EROFS, Progress, mkfs};
 
 /// Writes an image of `directory` into `image`, an empty file.
 pub(super) fn write(directory: &Path, image: &File) -> Result<(), Error> {
     let mut command = MKFS_EROFS.command();
     command.arg("--quiet").arg(path_of(image)).arg(directory);
-    mkfs(command, &MKFS_EROFS, directory)
+    let mut progress = Progress::new(directory, image);
+    mkfs(command, &MKFS_EROFS, directory, || progress.tell())
 }
 
 /// Writes an image of what an overlay of `directories`, topmost first, shows.
@@ -68,7 +69,7 @@ fn mount_merged(directories: &[PathBuf], stage: &Path) -> io::Result<()> {
 }
 
 /// A path to an open file that holds for this process's children as well.
-fn path_of(file: &File) -> PathBuf {
+pub(super) fn path_of(file: &File) -> PathBuf {
     PathBuf::from(format!(
         "/proc/{}/fd/{}",
         std::process::id(),

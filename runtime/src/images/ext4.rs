@@ -24,7 +24,18 @@ pub(super) fn make(template: &Path) -> Result<(), Error> {
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"])
         .args(["-E", "lazy_itable_init=0,discard"])
         .arg(template);
-    mkfs(command, &MKFS_EXT4, template)
+    mkfs(command, &MKFS_EXT4, template, || ())
+}
+
+/// Makes a file system that stays, in `disk`, which is a hole.
+pub(super) fn make_own(disk: &Path, uuid: Option<&str>, about: &Path) -> Result<(), Error> {
+    let mut command = MKFS_EXT4.command();
+    command.args(["-q", "-F"]);
+    if let Some(uuid) = uuid {
+        command.args(["-U", uuid]);
+    }
+    command.arg(disk);
+    mkfs(command, &MKFS_EXT4, about, || ())
 }
 
 /// Copies what isn't a hole of `from` to the same places of `to`.

@@ -8,15 +8,21 @@ mod cache;
 mod erofs;
 mod ext4;
 mod identity;
+mod mounted;
+mod own;
+mod progress;
 mod sweep;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 pub use cache::Cache;
 pub(crate) use cache::{nameless, publish};
 pub(crate) use identity::Identity;
+pub(crate) use mounted::mounted;
+pub(crate) use own::{disk as own_disk, image as own_image, size};
+use progress::Progress;
 pub(crate) use sweep::sweep;
 
 /// Why an image can't be had.
@@ -44,24 +50,26 @@ pub enum Error {
     },
     #[error("Cannot mount {count} layers as one")]
     Merge { count: usize, source: io::Error },
+    /// The disk, or a layer, that the snapshotter has made.
+    #[error("Cannot use the snapshot's disk {}", path.display())]
+    Disk { path: PathBuf, source: io::Error },
+    #[error("The snapshot's disk {} is in use by another container", path.display())]
+    InUse { path: PathBuf },
 }
 
-/// Runs a mkfs to its end; `about` is what an error names.
-fn mkfs(mut command: Command, tool: &Tool, about: &Path) -> Result<(), Error> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| Error::Missing {
-            program: tool.program,
-            package: tool.package,
-            source,
-        })?;
-    if output.status.success() {
+/// Runs a mkfs to its end; `about` is what an error names, `tell` is called while it takes long.
+fn mkfs(mut command: Command, tool: &Tool, about: &Path, tell: impl FnMut()) -> Result<(), Error> {
+    let ended = progress::run(&mut command, Progress::EVERY, tell);
+    let (status, text) = ended.map_err(|source| Error::Missing {
+        program: tool.program,
+        package: tool.package,
+        source,
+    })?;
+    if status.success() {
         return Ok(());
     }
-    let text = String::from_utf8_lossy(&output.stderr);
     let said = text.lines().rev().find(|line| !line.trim().is_empty());
-    let reason = said.map_or_else(|| output.status.to_string(), str::to_owned);
+    let reason = said.map_or_else(|| status.to_string(), str::to_owned);
     Err(Error::Mkfs {
         program: tool.program,
         path: about.to_path_buf(),

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 
+use super::snapshot;
+use crate::images;
 use crate::request::Create;
 
 /// Facts read once, before planning.
@@ -19,6 +21,9 @@ pub struct HostFacts {
     pub upper_in_use: bool,
     /// The regular files among the sources of the container's bind mounts, with their sizes.
     pub files: BTreeMap<PathBuf, u64>,
+    /// Layers that are mounts of an EROFS image, each with that image's file: containerd 2.1's erofs
+    /// snapshotter gives such directories.
+    pub images: BTreeMap<PathBuf, PathBuf>,
 }
 
 impl HostFacts {
@@ -36,6 +41,7 @@ impl HostFacts {
                     metadata.is_file().then_some((path, metadata.len()))
                 })
                 .collect(),
+            images: images::mounted(snapshot::lower_directories(&create.rootfs)),
         }
     }
 }

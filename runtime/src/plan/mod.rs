@@ -10,6 +10,8 @@ mod hooks;
 mod machine;
 mod mounts;
 mod rootfs;
+mod snapshot;
+mod template;
 mod update;
 
 use std::path::PathBuf;
@@ -25,8 +27,9 @@ pub use hooks::Hooks;
 pub use mounts::{FILES_MAX, HostFile};
 pub use update::{MachineSize, Update, update};
 
-pub(crate) use rootfs::split_layers;
-pub use rootfs::{DISKS_MAX, Disk, Rootfs, Source};
+pub(crate) use template::split_layers;
+
+pub use rootfs::{Disk, IMAGES_MAX, Image, MakeExt4, NamedImage, NewDirectory, Rootfs, Source};
 
 /// Why a request can't be carried out.
 #[derive(Debug, thiserror::Error)]

@@ -1,24 +1,28 @@
-//! From a snapshotter's mounts to the machine's disks.
+//! The machine's disks for a container's root.
 //!
-//! The guest gets read-only EROFS disks for what lies below and one ext4 disk for what the
-//! container writes. containerd's overlayfs snapshotter gives one `overlay` mount; its native one
-//! (and `ctr run --rootfs`) a directory.
+//! The guest gets read-only EROFS images for what lies below and one ext4 disk for what the
+//! container writes, or the one disk that the snapshot is.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
 use serde::Serialize;
 use supermachine_protocol::{
-    OverlayRootfs, Rootfs as ProtocolRootfs, lower_disk_serial, writable_disk_serial,
+    Directory as ProtocolDirectory, OverlayRootfs, Rootfs as ProtocolRootfs, SingleDisk,
+    lower_disk_serial, writable_disk_serial,
 };
 
+use super::snapshot::{self, Layer, Tree, Upper};
 use super::{Error, HostFacts};
 use crate::config::Resolved;
-use crate::request::{Create, Mount};
+use crate::request::Create;
 
-/// The most read-only disks of one container. With more layers than that the lowest of them
-/// become one disk.
-pub const DISKS_MAX: usize = 24;
+/// The most read-only images of one container, all of which one disk holds. With more layers than
+/// that the lowest of them become one image.
+pub const IMAGES_MAX: usize = 128;
+
+/// The serial of the disk that holds several images.
+const LAYERS_SERIAL: &str = "layers";
 
 /// A disk of the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -33,32 +37,109 @@ pub struct Disk {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// A directory that never changes again: an EROFS image from the cache.
+    /// An EROFS image.
+    Image(Image),
+    /// Several, each a partition; the disk itself has no table of them.
+    Images(Vec<NamedImage>),
+    /// An empty ext4 file system of `size` bytes, mostly a hole.
+    Writable { size: u64 },
+    /// An ext4 that belongs to the snapshot: what is written to it stays. `make` says how to make
+    /// it, if it isn't there.
+    Own {
+        file: PathBuf,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        make: Option<MakeExt4>,
+    },
+}
+
+/// An image on a disk with others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NamedImage {
+    /// By which the agent finds it, as it does a disk by its serial.
+    pub name: String,
+    pub image: Image,
+}
+
+/// Where an EROFS image comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Image {
+    /// A directory that never changes again: an image from the cache.
     Layer { directory: PathBuf },
     /// Several of them as one, topmost first; nothing lies below the last.
     MergedLayers { directories: Vec<PathBuf> },
-    /// A directory that may change once the container is gone: an EROFS image of its own.
+    /// A directory that may change once the container is gone: an image of its own.
     Copy { directory: PathBuf },
-    /// An empty ext4 file system of `size` bytes, mostly a hole.
-    Writable { size: u64 },
+    /// The snapshotter has it.
+    File { file: PathBuf },
 }
 
-/// Which disks make the root, by serial.
+/// How to make an ext4.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MakeExt4 {
+    pub size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+}
+
+/// Which disks make the root, by serial, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Rootfs {
-    /// Topmost first.
+    /// Topmost first; none if the root is the writable disk itself.
     pub lower: Vec<String>,
     /// Without one, what is written stays in the guest's memory.
     pub writable: Option<String>,
+    /// The directory of the writable disk that is the root, or an overlay's upper one; empty for
+    /// the usual one.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub directory: String,
+    /// An overlay's work directory; empty for the usual one.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub work: String,
+    /// The one disk can't be written to.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// To be made on the writable disk.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub new_directories: Vec<NewDirectory>,
+}
+
+/// A directory to make, relative to its disk's root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NewDirectory {
+    pub path: String,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
 }
 
 impl From<&Rootfs> for ProtocolRootfs {
     fn from(rootfs: &Rootfs) -> Self {
-        let mut overlay = OverlayRootfs::new();
-        overlay.lower_disks = rootfs.lower.clone();
-        overlay.writable_disk = rootfs.writable.clone().unwrap_or_default();
         let mut message = Self::new();
-        message.set_overlay(overlay);
+        let writable = rootfs.writable.clone().unwrap_or_default();
+        if rootfs.lower.is_empty() {
+            let mut single = SingleDisk::new();
+            single.serial = writable;
+            single.fstype = "ext4".to_owned();
+            single.read_only = rootfs.read_only;
+            single.directory.clone_from(&rootfs.directory);
+            message.set_single_disk(single);
+        } else {
+            let mut overlay = OverlayRootfs::new();
+            overlay.lower_disks.clone_from(&rootfs.lower);
+            overlay.writable_disk = writable;
+            overlay.upper.clone_from(&rootfs.directory);
+            overlay.work.clone_from(&rootfs.work);
+            message.set_overlay(overlay);
+        }
+        let directories = rootfs.new_directories.iter().map(|new| {
+            let mut directory = ProtocolDirectory::new();
+            directory.path.clone_from(&new.path);
+            directory.mode = new.mode;
+            (directory.uid, directory.gid) = (new.uid, new.gid);
+            directory
+        });
+        message.directories = directories.collect();
         message
     }
 }
@@ -80,178 +161,167 @@ pub(super) fn layout(
 ) -> Result<Layout, Error> {
     let root = spec.root().as_ref().ok_or(Error::Missing { key: "root" })?;
     let tree = match create.rootfs.as_slice() {
-        [] => directory_tree(&create.bundle.join(root.path()), false),
-        [mount] => mounted_tree(mount)?,
-        mounts => {
-            return Err(Error::Unsupported {
-                key: format!("A root file system of {} mounts", mounts.len()),
-                reason: "expected the one mount of the overlayfs or native snapshotter".into(),
+        [] => snapshot::directory(&create.bundle.join(root.path()), false),
+        mounts => snapshot::tree(mounts, &facts.images)?,
+    };
+    let wished = root.readonly().unwrap_or(false);
+    match tree {
+        Tree::Whole {
+            disk,
+            directory,
+            read_only,
+        } => Ok(whole(disk, directory, read_only, wished)),
+        Tree::Stack {
+            lower,
+            upper,
+            read_only,
+        } => stack(lower, upper, read_only || wished, facts, config),
+    }
+}
+
+/// A root that the container only reads may still be written to before: mount points are made in it,
+/// as under runc.
+fn whole(disk: snapshot::Disk, directory: String, read_only: bool, wished: bool) -> Layout {
+    let serial = writable_disk_serial(0);
+    Layout {
+        rootfs: Rootfs {
+            lower: Vec::new(),
+            writable: Some(serial.clone()),
+            directory,
+            work: String::new(),
+            read_only,
+            new_directories: disk.directories.clone(),
+        },
+        disks: vec![own_disk(serial, disk, read_only)],
+        read_only: read_only || wished,
+    }
+}
+
+fn own_disk(serial: String, disk: snapshot::Disk, read_only: bool) -> Disk {
+    Disk {
+        serial,
+        read_only,
+        source: Source::Own {
+            file: disk.file,
+            make: disk.make,
+        },
+    }
+}
+
+fn stack(
+    layers: Vec<Layer>,
+    upper: Upper,
+    read_only: bool,
+    facts: &HostFacts,
+    config: &Resolved,
+) -> Result<Layout, Error> {
+    let mut images = Vec::new();
+    if let Upper::Directory(directory) = &upper
+        && facts.upper_in_use
+    {
+        let directory = directory.clone();
+        images.push(Image::Copy { directory });
+    }
+    let most = IMAGES_MAX - images.len();
+    images.extend(layer_images(layers, most)?);
+    let lower = names(images.len());
+    let mut disks = layer_disks(images);
+    let mut rootfs = Rootfs {
+        lower,
+        writable: None,
+        directory: String::new(),
+        work: String::new(),
+        read_only: false,
+        new_directories: Vec::new(),
+    };
+    let serial = writable_disk_serial(0);
+    match upper {
+        Upper::Disk { disk, upper, work } => {
+            rootfs.writable = Some(serial.clone());
+            (rootfs.directory, rootfs.work) = (upper, work);
+            rootfs.new_directories.clone_from(&disk.directories);
+            disks.push(own_disk(serial, disk, false));
+        }
+        // A read-only root still has mount points made in it, which the guest's memory can hold.
+        Upper::None | Upper::Directory(_) if read_only => {}
+        Upper::None | Upper::Directory(_) => {
+            rootfs.writable = Some(serial.clone());
+            disks.push(Disk {
+                serial,
+                read_only: false,
+                source: Source::Writable {
+                    size: config.rootfs.writable_size.0,
+                },
             });
         }
-    };
-    let mut sources = Vec::new();
-    if let Some(upper) = tree.upper.filter(|_| facts.upper_in_use) {
-        sources.push(Source::Copy { directory: upper });
     }
-    sources.extend(lower_sources(
-        tree.lower,
-        tree.may_change,
-        DISKS_MAX - sources.len(),
-    ));
-    let read_only = tree.read_only || root.readonly().unwrap_or(false);
-
-    let serials = (0u32..).map(lower_disk_serial);
-    let mut disks: Vec<Disk> = serials
-        .zip(sources)
-        .map(|(serial, source)| Disk {
-            serial,
-            read_only: true,
-            source,
-        })
-        .collect();
-    let lower = disks.iter().map(|disk| disk.serial.clone()).collect();
-    // A read-only root still has mount points made in it, which the guest's memory can hold.
-    let writable = (!read_only).then(|| writable_disk_serial(0));
-    disks.extend(writable.clone().map(|serial| Disk {
-        serial,
-        read_only: false,
-        source: Source::Writable {
-            size: config.rootfs.writable_size.0,
-        },
-    }));
     Ok(Layout {
         disks,
-        rootfs: Rootfs { lower, writable },
+        rootfs,
         read_only,
     })
+}
+
+fn names(count: usize) -> Vec<String> {
+    (0u32..).map(lower_disk_serial).take(count).collect()
+}
+
+/// One disk, whatever the number of images: each device costs the guest time to start, and the host a
+/// thread.
+fn layer_disks(mut images: Vec<Image>) -> Vec<Disk> {
+    let source = match images.len() {
+        1 => images.pop().map(Source::Image),
+        count => {
+            let named = names(count).into_iter().zip(images);
+            let named = named.map(|(name, image)| NamedImage { name, image });
+            Some(Source::Images(named.collect()))
+        }
+    };
+    let serial = match source {
+        Some(Source::Images(_)) => LAYERS_SERIAL.to_owned(),
+        _ => lower_disk_serial(0),
+    };
+    let disk = source.map(|source| Disk {
+        serial,
+        read_only: true,
+        source,
+    });
+    disk.into_iter().collect()
+}
+
+/// One image for each layer, or fewer than `most`: merging the lowest keeps every deletion right, as
+/// nothing lies below them that a deletion could hide.
+fn layer_images(mut layers: Vec<Layer>, most: usize) -> Result<Vec<Image>, Error> {
+    let count = layers.len();
+    let merged = if count > most {
+        let lowest = layers.split_off(most - 1);
+        let directories = lowest.into_iter().map(|layer| match layer {
+            Layer::Directory { path, .. } => Ok(path),
+            Layer::Image { shown, .. } => shown.ok_or_else(|| Error::Unsupported {
+                key: format!("A root file system of {count} images"),
+                reason: format!("at most {most} fit on the disk that holds them"),
+            }),
+        });
+        let directories = directories.collect::<Result<_, _>>()?;
+        Some(Image::MergedLayers { directories })
+    } else {
+        None
+    };
+    let images = layers.into_iter().map(|layer| match layer {
+        Layer::Directory {
+            path: directory,
+            may_change: true,
+        } => Image::Copy { directory },
+        Layer::Directory {
+            path: directory,
+            may_change: false,
+        } => Image::Layer { directory },
+        Layer::Image { file, .. } => Image::File { file },
+    });
+    Ok(images.chain(merged).collect())
 }
 
 /// The writable directory of an overlay snapshot, if the root is one.
 pub(super) fn upper_directory(create: &Create) -> Option<PathBuf> {
-    match create.rootfs.as_slice() {
-        [mount] if mount.kind == "overlay" => mounted_tree(mount).ok()?.upper,
-        _ => None,
-    }
-}
-
-/// What a mount shows.
-struct Tree {
-    /// Topmost first; at least one.
-    lower: Vec<PathBuf>,
-    upper: Option<PathBuf>,
-    read_only: bool,
-    /// The lower directory isn't a committed snapshot's, so its content has no identity.
-    may_change: bool,
-}
-
-fn directory_tree(directory: &Path, read_only: bool) -> Tree {
-    Tree {
-        lower: vec![directory.to_path_buf()],
-        upper: None,
-        read_only,
-        // A read-only bind mount is a view of a committed snapshot.
-        may_change: !read_only,
-    }
-}
-
-fn mounted_tree(mount: &Mount) -> Result<Tree, Error> {
-    let option = |name: &str| mount.options.iter().any(|option| option == name);
-    match mount.kind.as_str() {
-        "bind" | "rbind" => Ok(directory_tree(
-            &absolute("The root's source", &mount.source)?,
-            option("ro"),
-        )),
-        "overlay" => overlay_tree(mount),
-        kind => Err(Error::Unsupported {
-            key: format!("A root file system of type {kind:?}"),
-            reason: "expected the overlay mount of the overlayfs snapshotter or the bind mount of \
-                     the native one"
-                .into(),
-        }),
-    }
-}
-
-fn overlay_tree(mount: &Mount) -> Result<Tree, Error> {
-    let value = |name: &str| {
-        mount
-            .options
-            .iter()
-            .find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
-    };
-    if mount.options.iter().any(|option| option == "userxattr") {
-        return Err(Error::Unsupported {
-            key: "Overlay option userxattr".into(),
-            reason: "layers of a rootless containerd mark deletions in another way".into(),
-        });
-    }
-    let lower = split_layers(value("lowerdir").ok_or(Error::Missing { key: "lowerdir" })?)
-        .iter()
-        .map(|layer| absolute("lowerdir", layer))
-        .collect::<Result<Vec<_>, _>>()?;
-    let upper = value("upperdir")
-        .map(|upper| absolute("upperdir", &unescape(upper)))
-        .transpose()?;
-    Ok(Tree {
-        read_only: upper.is_none() || mount.options.iter().any(|option| option == "ro"),
-        lower,
-        upper,
-        may_change: false,
-    })
-}
-
-/// Splits at each ':' that has no backslash before it, as overlayfs does.
-pub(crate) fn split_layers(value: &str) -> Vec<String> {
-    let mut layers = vec![String::new()];
-    let mut chars = value.chars();
-    while let Some(char) = chars.next() {
-        match char {
-            '\\' => layers
-                .last_mut()
-                .into_iter()
-                .for_each(|layer| layer.extend(chars.next())),
-            ':' => layers.push(String::new()),
-            other => layers
-                .last_mut()
-                .into_iter()
-                .for_each(|layer| layer.push(other)),
-        }
-    }
-    layers
-}
-
-fn unescape(value: &str) -> String {
-    let mut chars = value.chars();
-    std::iter::from_fn(|| match chars.next()? {
-        '\\' => chars.next(),
-        other => Some(other),
-    })
-    .collect()
-}
-
-fn absolute(key: &'static str, value: &str) -> Result<PathBuf, Error> {
-    let path = PathBuf::from(value);
-    if path.is_absolute() {
-        Ok(path)
-    } else {
-        let expected = "an absolute path";
-        Err(Error::Invalid {
-            key: key.into(),
-            value: value.to_owned(),
-            expected,
-        })
-    }
-}
-
-/// One source for each layer, or fewer than `most`: merging the lowest keeps every deletion
-/// right, as nothing lies below them that a deletion could hide.
-fn lower_sources(mut layers: Vec<PathBuf>, may_change: bool, most: usize) -> Vec<Source> {
-    let merged = (layers.len() > most).then(|| layers.split_off(most - 1));
-    layers
-        .into_iter()
-        .map(|directory| match may_change {
-            true => Source::Copy { directory },
-            false => Source::Layer { directory },
-        })
-        .chain(merged.map(|directories| Source::MergedLayers { directories }))
-        .collect()
+    snapshot::upper_directory(&create.rootfs)
 }

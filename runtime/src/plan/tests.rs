@@ -1,5 +1,6 @@
 mod every_key;
 mod files;
+mod roots;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,6 +22,7 @@ const FACTS: HostFacts = HostFacts {
     memory: 16 << 30,
     upper_in_use: false,
     files: BTreeMap::new(),
+    images: BTreeMap::new(),
 };
 
 fn overlay(layers: usize) -> Mount {
@@ -406,140 +408,7 @@ fn systemd_cgroups_become_their_directories() {
     assert_eq!(path(""), None);
 }
 
-#[test]
-fn native_snapshots_and_plain_directories_are_copied() {
-    let bundle_root = altered(&["root", "path"], json!("/srv/rootfs"));
-    let by_path = plan_of(&bundle_root, vec![]).expect("plan");
-    assert_eq!(
-        by_path.disks[0].source,
-        Source::Copy {
-            directory: "/srv/rootfs".into()
-        }
-    );
-
-    let native = plan_of(CTR_2_1, vec![bind("/snap/3", "rw")]).expect("plan");
-    assert_eq!(
-        native.disks[0].source,
-        Source::Copy {
-            directory: "/snap/3".into()
-        }
-    );
-    assert_eq!(native.rootfs.writable.as_deref(), Some("writable-0"));
-
-    // A view of a committed snapshot never changes, and can't be written to.
-    let view = plan_of(CTR_2_1, vec![bind("/snap/2", "ro")]).expect("plan");
-    assert_eq!(
-        view.disks[0].source,
-        Source::Layer {
-            directory: "/snap/2".into()
-        }
-    );
-    assert_eq!((view.disks.len(), view.rootfs.writable), (1, None));
-    assert_eq!(
-        view.guest_spec
-            .root()
-            .as_ref()
-            .and_then(|root| root.readonly()),
-        Some(true)
-    );
-}
-
-#[test]
-fn an_upper_directory_in_use_becomes_the_topmost_layer() {
-    let facts = HostFacts {
-        upper_in_use: true,
-        ..FACTS
-    };
-    let create = create(vec![overlay(2)], false);
-    let plan = plan(&create, &spec(CTR_2_1), &facts, &Resolved::default()).expect("plan");
-    assert!(
-        matches!(&plan.disks[0].source, Source::Copy { directory } if directory.ends_with("999/fs"))
-    );
-    assert_eq!(plan.rootfs.lower, ["lower-0", "lower-1", "lower-2"]);
-}
-
-#[test]
-fn root_mounts_that_are_not_understood_are_refused() {
-    let mut userxattr = overlay(1);
-    userxattr.options.push("userxattr".into());
-    let mut no_lower = overlay(1);
-    no_lower
-        .options
-        .retain(|option| !option.starts_with("lowerdir"));
-    let block = Mount {
-        kind: "ext4".into(),
-        source: "/dev/loop0".into(),
-        ..bind("/", "rw")
-    };
-    let errors: Vec<String> = [
-        vec![userxattr],
-        vec![no_lower],
-        vec![block],
-        vec![bind("relative", "rw")],
-        vec![overlay(1), overlay(1)],
-    ]
-    .into_iter()
-    .map(|rootfs| plan_of(CTR_2_1, rootfs).expect_err("refused").to_string())
-    .collect();
-    expect![[r#"
-        Overlay option userxattr is not supported in a microVM: layers of a rootless containerd mark deletions in another way
-        lowerdir is missing from the container's configuration
-        A root file system of type "ext4" is not supported in a microVM: expected the overlay mount of the overlayfs snapshotter or the bind mount of the native one
-        The root's source is "relative"; expected an absolute path
-        A root file system of 2 mounts is not supported in a microVM: expected the one mount of the overlayfs or native snapshotter"#]].assert_eq(&errors.join("\n"));
-}
-
-#[test]
-fn colons_in_layer_paths_are_escaped() {
-    let mut mount = overlay(1);
-    mount
-        .options
-        .retain(|option| !option.starts_with("lowerdir"));
-    mount.options.push(r"lowerdir=/a\:b:/c\\d".into());
-    let plan = plan_of(CTR_2_1, vec![mount]).expect("plan");
-    assert_eq!(
-        plan.disks[0].source,
-        Source::Layer {
-            directory: "/a:b".into()
-        }
-    );
-    assert_eq!(
-        plan.disks[1].source,
-        Source::Layer {
-            directory: r"/c\d".into()
-        }
-    );
-}
-
 proptest! {
-    /// However many layers, each is in exactly one disk, in order, and only the last disk merges.
-    #[test]
-    fn every_layer_is_on_a_disk(layers in 1usize..200, upper_in_use: bool) {
-        let facts = HostFacts { upper_in_use, ..FACTS };
-        let create = create(vec![overlay(layers)], false);
-        let plan = plan(&create, &spec(CTR_2_1), &facts, &Resolved::default()).expect("plan");
-        let mut found = Vec::new();
-        for (index, disk) in plan.disks.iter().enumerate() {
-            match &disk.source {
-                Source::Layer { directory } => found.push(directory.clone()),
-                Source::MergedLayers { directories } => {
-                    prop_assert!(directories.len() > 1);
-                    prop_assert_eq!(index, plan.rootfs.lower.len() - 1);
-                    found.extend(directories.clone());
-                }
-                Source::Copy { .. } => prop_assert!(upper_in_use && index == 0),
-                Source::Writable { .. } => prop_assert_eq!(index, plan.disks.len() - 1),
-            }
-            prop_assert!(supermachine_protocol::is_disk_serial(&disk.serial));
-        }
-        prop_assert!(plan.rootfs.lower.len() <= DISKS_MAX);
-        prop_assert_eq!(found.len(), layers);
-        for (index, directory) in found.iter().enumerate() {
-            let name = format!("snapshots/{}/fs", layers - index);
-            prop_assert!(directory.ends_with(&name), "{:?}", directory);
-        }
-    }
-
     #[test]
     fn no_text_of_a_limit_panics(cpus in "[0-9,\\- ]{0,20}", quota: i64, period: u64, limit: i64) {
         let text = altered(&["linux", "resources"], json!({

@@ -241,8 +241,12 @@ impl Prepared {
     fn guest_container(&mut self) -> Result<GuestContainer, Error> {
         let spec_json =
             serde_json::to_vec(&self.plan.guest_spec).map_err(|source| Error::Encode { source })?;
+        let mut rootfs = protocol::Rootfs::from(&self.plan.rootfs);
+        for disk in &self.resources.disks {
+            rootfs.partitions.extend(disk.partitions.iter().cloned());
+        }
         Ok(GuestContainer {
-            rootfs: (&self.plan.rootfs).into(),
+            rootfs,
             spec_json,
             files: std::mem::take(&mut self.resources.files),
             hostname: self.plan.hostname.clone().unwrap_or_default(),
@@ -258,7 +262,7 @@ fn boot_spec(
     max_ports: u32,
 ) -> BootSpec {
     let disks = resources.disks.into_iter().map(|disk| DiskSpec {
-        files: vec![disk.file],
+        files: disk.files,
         read_only: disk.read_only,
         serial: disk.serial,
     });

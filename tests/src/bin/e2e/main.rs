@@ -24,6 +24,7 @@ mod limits;
 mod output;
 mod process;
 mod refused;
+mod snapshotters;
 mod spec;
 mod stats;
 mod support;
@@ -99,6 +100,7 @@ fn run(options: Options) -> Result<ExitCode> {
         confinement::tests,
         bad::tests,
         versions::tests,
+        snapshotters::tests,
     ];
     if arguments.list {
         let listed = suites

@@ -1,7 +1,7 @@
 //! What all tests stand on.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +13,8 @@ use supermachine_tests::ctr::Ctr;
 use supermachine_tests::host::Host;
 use supermachine_tests::shim::ShimConfig;
 
+use crate::snapshotters::Snapshots;
+
 /// Where and on what the tests run. Clones are the same.
 #[derive(Debug, Clone)]
 pub(crate) struct World {
@@ -23,6 +25,8 @@ pub(crate) struct World {
     files: Arc<Option<tempfile::TempDir>>,
     /// The folder with the OCI archives.
     pub(crate) images: PathBuf,
+    /// The containerd with all snapshotters, once a test has started it.
+    pub(crate) snapshots: Arc<Mutex<Option<Snapshots>>>,
 }
 
 impl World {
@@ -63,6 +67,7 @@ impl World {
             release,
             files: Arc::new(Some(files)),
             images,
+            snapshots: Arc::default(),
         })
     }
 
@@ -80,6 +85,7 @@ impl World {
             release: String::new(),
             files: Arc::new(None),
             images: PathBuf::new(),
+            snapshots: Arc::default(),
         }
     }
 
@@ -143,7 +149,7 @@ fn release(ctr: &Ctr) -> Result<String> {
         .to_owned())
 }
 
-fn failed(error: anyhow::Error) -> Failed {
+pub(crate) fn failed(error: anyhow::Error) -> Failed {
     format!("{error:#}").into()
 }
 

@@ -2,6 +2,7 @@
 //! to `stay`, waits for a signal.
 //!
 //!     probe [--stay] [--sysctl NAME]… [--file PATH]… [--call]…
+//!     probe --tree PATH
 //!
 //! It runs inside containers of different runtimes, whose lines are then compared, so nothing that
 //! differs from run to run is printed as it is: ids of namespaces, mounts and devices are left out.
@@ -11,6 +12,7 @@
 mod calls;
 mod files;
 mod sys;
+mod tree;
 
 use std::fs;
 use std::io::Write;
@@ -25,6 +27,13 @@ fn main() {
             .filter(move |pair| pair[0] == flag)
             .map(|pair| pair[1].clone())
     };
+    if let Some(root) = after("--tree").next() {
+        if let Err(error) = tree::print(root.as_ref(), &mut std::io::stdout().lock()) {
+            println!("{root}: {error}");
+            std::process::exit(1);
+        }
+        return;
+    }
     let has = |flag: &str| arguments.iter().any(|argument| argument == flag);
     let mut seen = process();
     seen.insert("args".into(), json!(arguments));
