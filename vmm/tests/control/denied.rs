@@ -18,6 +18,9 @@ use crate::support::{Outcome, check, check_eq};
 
 const PROBE: &str = "--probe";
 
+/// In the place of an attempt: what every thread does anyway.
+const MEMORY: &str = "memory";
+
 /// Exit status of an attempt that was no error.
 const WORKED: u8 = 0;
 
@@ -26,6 +29,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("denied::nothing_without_a_jail", nothing_without),
         trial("denied::by_the_walls", by_the_walls),
         trial("denied::what_is_for_others", what_is_for_others),
+        trial("denied::but_not_to_give_memory_back", memory_goes_back),
     ];
     tests.extend(filters().map(|filter| {
         let name = format!("denied::to_a_{}_thread", filter.name);
@@ -237,7 +241,6 @@ pub(crate) fn child() -> Option<ExitCode> {
         return None;
     }
     let (jail, kind, place) = (arguments.next()?, arguments.next()?, arguments.next()?);
-    let place: usize = place.parse().unwrap();
     if jail != "none" {
         jail::close_inherited().unwrap();
         let policy = Policy {
@@ -250,18 +253,18 @@ pub(crate) fn child() -> Option<ExitCode> {
         };
         let [process, ..] = filters();
         jail::enter(&policy, process).unwrap();
-        let filter = filters().into_iter().find(|filter| filter.name == kind);
-        // The first one is installed.
-        if let Some(filter) = filter.filter(|filter| filter.name != process.name) {
-            filter.install().unwrap();
-        }
     }
-    let result = match ATTEMPTS.get(place) {
-        Some(attempt) => (attempt.run)(),
-        None => {
-            let (_, number, arguments) = FOREIGN[place - ATTEMPTS.len()];
-            call(number, arguments)
-        }
+    let result = if place == MEMORY {
+        // A thread of its own, as only the first one has the first heap anyway.
+        let thread = std::thread::spawn(move || {
+            become_a(&kind);
+            use_memory();
+        });
+        thread.join().unwrap();
+        Ok(())
+    } else {
+        become_a(&kind);
+        attempt_at(place.parse().unwrap())
     };
     let status = match result {
         Ok(()) => WORKED,
@@ -270,9 +273,33 @@ pub(crate) fn child() -> Option<ExitCode> {
     Some(ExitCode::from(status))
 }
 
+/// Leaves this thread what one of the kind has; the first kind's filter is the process's.
+fn become_a(kind: &str) {
+    let [_, narrower @ ..] = filters();
+    if let Some(filter) = narrower.into_iter().find(|filter| filter.name == kind) {
+        filter.install().unwrap();
+    }
+}
+
+fn attempt_at(place: usize) -> io::Result<()> {
+    match ATTEMPTS.get(place) {
+        Some(attempt) => (attempt.run)(),
+        None => {
+            let (_, number, arguments) = FOREIGN[place - ATTEMPTS.len()];
+            call(number, arguments)
+        }
+    }
+}
+
+/// In pieces too small for mappings of their own: a heap grows by them, and shrinks when they go.
+fn use_memory() {
+    let pieces: Vec<_> = (0..64).map(|_| vec![1u8; 64 << 10]).collect();
+    drop(std::hint::black_box(pieces));
+}
+
 /// Starts an intruder in a pid namespace of its own, as VMM processes are.
-fn intrude(jail: &str, kind: &str, place: usize) -> Result<(ExitStatus, String), Failed> {
-    let arguments = [PROBE, jail, kind, &place.to_string()].map(str::to_owned);
+fn intrude(jail: &str, kind: &str, place: &str) -> Result<(ExitStatus, String), Failed> {
+    let arguments = [PROBE, jail, kind, place].map(str::to_owned);
     let apart = jail != "none";
     // For this thread alone: the test's others keep their namespace.
     let output = std::thread::spawn(move || {
@@ -291,7 +318,7 @@ fn intrude(jail: &str, kind: &str, place: usize) -> Result<(ExitStatus, String),
 fn nothing_without() -> Outcome {
     for (place, attempt) in ATTEMPTS.iter().enumerate() {
         if attempt.free {
-            let (status, said) = intrude("none", "none", place)?;
+            let (status, said) = intrude("none", "none", &place.to_string())?;
             check(
                 status.success(),
                 format!("{}: {status} {said}", attempt.name),
@@ -304,7 +331,7 @@ fn nothing_without() -> Outcome {
 fn by_the_walls() -> Outcome {
     for (place, attempt) in ATTEMPTS.iter().enumerate() {
         if attempt.walled {
-            let (status, said) = intrude("walls", "none", place)?;
+            let (status, said) = intrude("walls", "none", &place.to_string())?;
             let denied = status.code().is_some_and(|code| code != i32::from(WORKED));
             // Said by a panic, if it didn't come as far as the attempt.
             check(
@@ -333,8 +360,20 @@ fn what_is_for_others() -> Outcome {
     Ok(())
 }
 
+/// The C library must not ask the host for anything when a thread frees memory.
+fn memory_goes_back() -> Outcome {
+    for filter in filters() {
+        let (status, said) = intrude("seccomp", filter.name, MEMORY)?;
+        check(
+            status.success(),
+            format!("{}: {status} {said}", filter.name),
+        )?;
+    }
+    Ok(())
+}
+
 fn ended_by_filter(kind: &str, place: usize, number: c_long) -> Outcome {
-    let (status, said) = intrude("seccomp", kind, place)?;
+    let (status, said) = intrude("seccomp", kind, &place.to_string())?;
     check(status.signal().is_none(), format!("{status} {said}"))?;
     check_eq(
         (status.code(), said),
