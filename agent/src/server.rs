@@ -258,11 +258,8 @@ impl Agent for Calls {
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Reply<Empty> {
         complete(self.0.clone().end()).await?;
         if let Some(power_off) = self.0.power_off {
-            tokio::spawn(async move {
-                // Time for the reply to leave; a host that misses it sees the machine's end.
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                power_off();
-            });
+            // The machine's end is the answer; there is another only when this fails.
+            power_off();
         }
         Ok(Empty::new())
     }
