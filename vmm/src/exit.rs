@@ -11,8 +11,8 @@ pub enum Exit {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest's processor shut down: a triple fault, which is also how Linux resets with
-    /// `reboot=t`.
+    /// The guest's processor shut down: a triple fault. Linux with `reboot=t` on its command line
+    /// resets so, also after a panic.
     TripleFault,
     /// The host stopped it.
     Stopped,

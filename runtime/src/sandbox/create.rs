@@ -11,7 +11,7 @@ use super::machine::{Launched, Machine};
 use super::pause::Pause;
 use super::ports::Ports;
 use super::process::Process;
-use super::pump::Progress;
+use super::pump::{Progress, said};
 use super::vm::blocking;
 use super::{Container, Entry, Error, Event, Inner, Kind, Sandbox, Slot, Vm};
 use crate::acquire::stdio::{self, Held, Streams};
@@ -109,7 +109,7 @@ impl Inner {
             guest,
             hooks,
         } = launched;
-        let mut progress = self.watch_machine(events);
+        let mut progress = self.watch_machine(Arc::clone(&machine), events);
         let (first, last) = self.stdio_ports;
         let mut ports = Ports::new(first, last);
         let mut init = Entry::new(Process::init(request.stdio.clone()), None);
@@ -314,18 +314,17 @@ impl Progress {
             reason = end_of(ended) => Err(reason),
             () = tokio::time::sleep(limit) => Ok(()),
         };
-        let said = match machine.last_words() {
-            words if words.is_empty() => "it logged nothing".to_owned(),
-            words => format!("the last it logged is: {words}"),
-        };
         Err(match result {
             Err(reason) => Error::MachineEnded {
                 during: "before its agent listened",
-                reason: format!("{}; {said}", reason.unwrap_or_default()),
+                reason: reason.unwrap_or_default(),
             },
             Ok(()) => Error::Silent {
                 limit,
-                last: format!("its processors run, but its agent does not listen; {said}"),
+                last: format!(
+                    "its processors run, but its agent does not listen; {}",
+                    said(machine)
+                ),
             },
         })
     }

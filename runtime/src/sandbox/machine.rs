@@ -87,6 +87,9 @@ pub(super) trait Machine: Send + Sync {
 
     /// The last lines it logged, for whoever has to find out why it failed; empty if there are none.
     fn last_words(&self) -> String;
+
+    /// Resolves when it logs nothing more: after its end.
+    async fn log_ended(&self);
 }
 
 /// What happens in a machine.
@@ -100,9 +103,19 @@ pub(super) enum Event {
     Ended {
         /// Why, in words.
         reason: String,
-        /// Whether its process was killed, rather than ended by itself.
-        killed: bool,
+        how: Ending,
     },
+}
+
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Its guest switched off.
+    Orderly,
+    /// Its process was killed.
+    Killed,
+    /// By itself, and nobody wanted it to: its kernel panicked, or the VMM failed.
+    Failed,
 }
 
 /// How long to wait for what.

@@ -1,14 +1,14 @@
 //! What machine and agent report becomes state and events.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use supermachine_protocol as protocol;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 
 use super::create::end_of;
-use super::machine::Event as MachineEvent;
+use super::machine::{Ending, Event as MachineEvent, Machine};
 use super::process::Status;
 use super::{Container, Error, Event, Exit, Inner, Slot, Vm, killed_exit, unknown_exit};
 use crate::agent;
@@ -19,10 +19,27 @@ pub(super) struct Progress {
     pub(super) ended: watch::Receiver<Option<String>>,
 }
 
+/// What a machine that has ended logged last, in words.
+async fn last_words(machine: &dyn Machine) -> String {
+    /// How long its log may take to end: another process can hold the pipe open.
+    const GRACE: Duration = Duration::from_secs(1);
+    let _ = tokio::time::timeout(GRACE, machine.log_ended()).await;
+    said(machine)
+}
+
+/// What a machine has logged so far, in words.
+pub(super) fn said(machine: &dyn Machine) -> String {
+    match machine.last_words() {
+        words if words.is_empty() => "it logged nothing".to_owned(),
+        words => format!("the last it logged is: {words}"),
+    }
+}
+
 impl Inner {
     /// Follows the machine until its end.
     pub(super) fn watch_machine(
         self: &Arc<Self>,
+        machine: Arc<dyn Machine>,
         mut events: UnboundedReceiver<MachineEvent>,
     ) -> Progress {
         let (listening_tx, listening) = watch::channel(false);
@@ -36,17 +53,24 @@ impl Inner {
                     }
                     MachineEvent::PortOpened(port) => inner.port_opened(port),
                     MachineEvent::PortClosed(port) => inner.port_closed(port),
-                    MachineEvent::Ended { reason, killed } => {
-                        tracing::info!(reason, "the virtual machine ended");
+                    MachineEvent::Ended { mut reason, how } => {
+                        if how == Ending::Failed || !*listening_tx.borrow() {
+                            reason = format!("{reason}; {}", last_words(&*machine).await);
+                        }
+                        if how == Ending::Failed {
+                            tracing::warn!(reason, "the virtual machine failed");
+                        } else {
+                            tracing::info!(reason, "the virtual machine ended");
+                        }
                         // First: whoever waits for the guest then finds why it does not answer.
                         ended_tx.send_replace(Some(reason));
-                        inner.machine_ended(killed);
+                        inner.machine_ended(how);
                         return;
                     }
                 }
             }
             ended_tx.send_replace(Some("its process vanished".to_owned()));
-            inner.machine_ended(false);
+            inner.machine_ended(Ending::Failed);
         });
         Progress { listening, ended }
     }
@@ -154,11 +178,10 @@ impl Inner {
         self.settle(&id, &exec_id);
     }
 
-    fn machine_ended(self: &Arc<Self>, killed: bool) {
-        let exit = if killed {
-            killed_exit()
-        } else {
-            unknown_exit()
+    fn machine_ended(self: &Arc<Self>, how: Ending) {
+        let exit = match how {
+            Ending::Killed => killed_exit(),
+            Ending::Orderly | Ending::Failed => unknown_exit(),
         };
         let mut slot = self.slot();
         let Slot::Taken(container) = &mut *slot else {

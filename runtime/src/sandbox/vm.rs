@@ -20,7 +20,7 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 
 use super::error::Error;
 use super::guest_log::GuestLog;
-use super::machine::{Event, GuestContainer, Launched, Launcher, Machine, Timeouts};
+use super::machine::{Ending, Event, GuestContainer, Launched, Launcher, Machine, Timeouts};
 use super::{Inner, Sandbox, Slot};
 use crate::acquire::limits::HostCgroup;
 use crate::acquire::{self, Resources};
@@ -427,6 +427,10 @@ impl Machine for Vmm {
     fn last_words(&self) -> String {
         self.log.last_words()
     }
+
+    async fn log_ended(&self) {
+        self.log.ended().await;
+    }
 }
 
 async fn connect(socket: &Path) -> io::Result<UnixStream> {
@@ -459,8 +463,16 @@ fn report(sender: &UnboundedSender<Event>, event: VmEvent) {
         VmEvent::PortOpened { port } => Event::PortOpened(port),
         VmEvent::PortClosed { port } => Event::PortClosed(port),
         VmEvent::Ended(exit) => Event::Ended {
-            killed: matches!(exit, VmExit::Killed { .. }),
             reason: exit.to_string(),
+            how: match exit {
+                VmExit::PowerOff | VmExit::Stopped => Ending::Orderly,
+                VmExit::Killed { .. } => Ending::Killed,
+                // A reset is how a guest ends whose kernel panicked: nobody asks it for one.
+                VmExit::Reset
+                | VmExit::TripleFault
+                | VmExit::Fault(_)
+                | VmExit::Vanished { .. } => Ending::Failed,
+            },
         },
         VmEvent::InputEnded { .. } => return,
         VmEvent::DeviceFault { device, reason } => {

@@ -256,7 +256,11 @@ async fn a_machine_that_ends_while_booting_says_why() {
     guest.die(false);
     let error = create.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::MachineEnded { .. }), "{error:?}");
-    assert!(error.to_string().contains("it was told to"), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("it was told to; the last it logged is: Kernel panic"),
+        "{text}"
+    );
     assert_eq!(f.guest.balance(), (1, 1));
 }
 

@@ -16,7 +16,7 @@ use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, get_status};
 
 use super::super::machine::{
-    Event as MachineEvent, GuestContainer, Launched, Launcher, Machine, Timeouts,
+    Ending, Event as MachineEvent, GuestContainer, Launched, Launcher, Machine, Timeouts,
 };
 use super::super::{Error, Event, Inner, Sandbox, Slot};
 use crate::events::Exit;
@@ -120,7 +120,11 @@ impl Guest {
     pub(super) fn die(&self, killed: bool) {
         self.machine_event(MachineEvent::Ended {
             reason: "it was told to".to_owned(),
-            killed,
+            how: if killed {
+                Ending::Killed
+            } else {
+                Ending::Failed
+            },
         });
         self.with(|state| {
             state.machine = None;
@@ -307,6 +311,8 @@ impl Machine for Guest {
     fn last_words(&self) -> String {
         "Kernel panic".to_owned()
     }
+
+    async fn log_ended(&self) {}
 }
 
 fn empty() -> ttrpc::Result<protocol::Empty> {
@@ -424,7 +430,7 @@ impl protocol::Agent for Guest {
         self.call("shutdown", String::new()).await?;
         self.machine_event(MachineEvent::Ended {
             reason: "powered off".to_owned(),
-            killed: false,
+            how: Ending::Orderly,
         });
         empty()
     }
