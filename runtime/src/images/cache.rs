@@ -110,12 +110,21 @@ impl Cache {
         }
         // mkfs.ext4 wants a name that doesn't change; the lock makes this one ours.
         let new = path.with_extension("new");
-        let file = File::create(&new).map_err(|error| self.failed(error))?;
+        let made = self.make_template_at(&new, size).and_then(|()| {
+            std::fs::rename(&new, path).map_err(|error| self.failed(error))?;
+            File::open(path).map_err(|error| self.failed(error))
+        });
+        if made.is_err() {
+            let _ = std::fs::remove_file(&new);
+        }
+        made
+    }
+
+    fn make_template_at(&self, new: &Path, size: u64) -> Result<(), Error> {
+        let file = File::create(new).map_err(|error| self.failed(error))?;
         file.set_len(size).map_err(|error| self.failed(error))?;
-        ext4::make(&new)?;
-        file.sync_all().map_err(|error| self.failed(error))?;
-        std::fs::rename(&new, path).map_err(|error| self.failed(error))?;
-        File::open(path).map_err(|error| self.failed(error))
+        ext4::make(new)?;
+        file.sync_all().map_err(|error| self.failed(error))
     }
 
     fn kept<P: AsRef<Path>>(
