@@ -212,7 +212,7 @@ impl shim_async::Task for Task {
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Reply<api::Empty> {
         // Others may still live here; containerd asks after each.
-        if self.sandbox.is_empty() {
+        if self.sandbox.is_idle() {
             self.done.notify_one();
         }
         Ok(api::Empty::new())

@@ -56,6 +56,7 @@ impl Inner {
         let taken = match &*slot {
             Slot::Empty => {
                 *slot = Slot::Reserved(id.to_owned());
+                self.creating.send_replace(true);
                 return Ok(());
             }
             Slot::Reserved(taken) => taken,
@@ -81,6 +82,7 @@ impl Inner {
         if result.is_err() {
             *self.slot() = Slot::Empty;
         }
+        self.creating.send_replace(false);
         result
     }
 
@@ -88,7 +90,13 @@ impl Inner {
         let streams = stdio::open(&request.stdio)?;
         let launched = self.launcher.launch(&request).await?;
         let machine = Arc::clone(&launched.machine);
-        let result = self.populate(request, launched, streams).await;
+        let mut ending = self.ending.subscribe();
+        let result = tokio::select! {
+            result = self.populate(request, launched, streams) => result,
+            _ = ending.wait_for(|ending| *ending) => {
+                Err(Error::state("the shim was told to end"))
+            }
+        };
         if result.is_err() {
             machine.kill().await;
             machine.release().await;

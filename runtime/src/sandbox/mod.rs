@@ -85,6 +85,10 @@ struct Inner {
     stdio_ports: (u32, u32),
     events: mpsc::UnboundedSender<Event>,
     slot: Mutex<Slot>,
+    /// Whether a create is under way.
+    creating: watch::Sender<bool>,
+    /// Whether what is being created is wanted no more.
+    ending: watch::Sender<bool>,
 }
 
 /// The sandbox's place for its container.

@@ -238,13 +238,18 @@ impl Sandbox {
         self.inner.with(id, |container| Ok(container.pid()))
     }
 
-    /// Whether nothing is in it or about to be.
-    pub fn is_empty(&self) -> bool {
-        matches!(&*self.inner.slot(), Slot::Empty)
+    /// Whether it may be ended: nothing is in it, or nothing that anybody has been told of. Who asks
+    /// for the end while a container is being created has given that up.
+    pub fn is_idle(&self) -> bool {
+        *self.inner.creating.borrow() || matches!(&*self.inner.slot(), Slot::Empty)
     }
 
-    /// Ends whatever runs, by force, and gives everything back.
+    /// Ends whatever runs or is being created, by force, and gives everything back.
     pub async fn end(&self) {
+        self.inner.ending.send_replace(true);
+        let mut creating = self.inner.creating.subscribe();
+        // It undoes what it has done. The sender lives as long as this.
+        let _ = creating.wait_for(|creating| !creating).await;
         let vm = match &*self.inner.slot() {
             Slot::Taken(container) => container.vm.clone(),
             Slot::Empty | Slot::Reserved(_) => return,

@@ -17,6 +17,7 @@ use supermachine_vmm::devices::virtio::console::MAX_PORTS;
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, UnboundedSender};
+use tokio::sync::watch;
 
 use super::error::Error;
 use super::guest_log::GuestLog;
@@ -63,6 +64,8 @@ impl Sandbox {
             stdio_ports,
             events,
             slot: Mutex::new(Slot::Empty),
+            creating: watch::Sender::default(),
+            ending: watch::Sender::default(),
         };
         Self {
             inner: Arc::new(inner),

@@ -51,7 +51,7 @@ async fn a_life_is_told_in_order_and_leaves_nothing() {
         ["connect", "create 0:0:0", "start", "shutdown"]
     );
     assert_eq!(f.guest.balance(), (1, 1));
-    assert!(f.sandbox.is_empty());
+    assert!(f.sandbox.is_idle());
     assert_eq!(kind(f.sandbox.wait("c1", "").await), Kind::NotFound);
 }
 
@@ -198,7 +198,7 @@ async fn a_failed_create_leaves_nothing_and_may_be_tried_again() {
         error.to_string(),
         "exec: \"x\": executable file not found in $PATH"
     );
-    assert!(f.sandbox.is_empty());
+    assert!(f.sandbox.is_idle());
     assert_eq!(f.guest.balance(), (1, 1));
     assert!(f.told().is_empty());
     f.guest.mend();
@@ -278,7 +278,23 @@ async fn a_machine_that_ends_during_create_makes_no_events() {
         Err(Error::MachineEnded { .. })
     ));
     assert!(f.told().is_empty());
-    assert!(f.sandbox.is_empty());
+    assert!(f.sandbox.is_idle());
+}
+
+/// As when containerd was restarted meanwhile, and finds a shim that has no container.
+#[tokio::test]
+async fn a_create_that_was_given_up_is_undone_at_the_end() {
+    let mut f = Fixture::new();
+    f.guest.hang("create");
+    let (guest, sandbox) = (f.guest.clone(), f.sandbox.clone());
+    let request = f.request("c1", none());
+    let create = tokio::spawn(async move { sandbox.create(request).await });
+    guest.called("create").await;
+    assert!(f.sandbox.is_idle());
+    f.sandbox.end().await;
+    assert_eq!(kind(create.await.unwrap()), Kind::FailedPrecondition);
+    assert_eq!(f.guest.balance(), (1, 1));
+    assert!(f.told().is_empty());
 }
 
 #[tokio::test]
@@ -388,7 +404,7 @@ async fn a_guest_that_does_not_power_off_is_killed() {
         .unwrap()
         .unwrap();
     assert_eq!(f.guest.log().last().unwrap(), "killed");
-    assert!(f.sandbox.is_empty());
+    assert!(f.sandbox.is_idle());
 }
 
 #[tokio::test]

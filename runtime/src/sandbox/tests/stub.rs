@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use supermachine_protocol as protocol;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, get_status};
@@ -477,6 +478,8 @@ impl Fixture {
             stdio_ports: (protocol::FIRST_STDIO_PORT, last),
             events: sender,
             slot: Mutex::new(Slot::Empty),
+            creating: watch::Sender::default(),
+            ending: watch::Sender::default(),
         };
         let sandbox = Sandbox {
             inner: Arc::new(inner),
