@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use crate::control::{self, ARG0, ARG1, LogLevel, Start};
 use crate::devices::virtio::{self, block};
 use crate::hypervisor::{Host, Hypervisor, KICK};
-use crate::jail::{self, Filter, Policy, Rule, When, allow, allow_if};
+use crate::jail::{self, Filter, Policy, Rule, When, allow, allow_if, calls};
 use crate::sys::{reactor, threads};
 use crate::vcpu;
 
@@ -64,7 +64,7 @@ const PROCESS: Filter = Filter {
 /// What it takes to make a VM.
 const BOOT: &[Rule] = &[
     allow_if(
-        libc::SYS_ioctl,
+        calls::SYS_ioctl,
         &[
             // KVM's own requests.
             When::Masked(1, 0xff00, 0xae00),
@@ -72,25 +72,26 @@ const BOOT: &[Rule] = &[
             When::Is(1, 0x8008_1272),
         ],
     ),
-    allow(libc::SYS_epoll_create1),
-    allow(libc::SYS_eventfd2),
-    allow(libc::SYS_timerfd_create),
+    allow(calls::SYS_epoll_create1),
+    allow(calls::SYS_eventfd2),
+    allow(calls::SYS_timerfd_create),
     // Kernel and initramfs.
-    allow(libc::SYS_pread64),
-    allow(libc::SYS_lseek),
+    allow(calls::SYS_pread64),
+    allow(calls::SYS_lseek),
     // Of open files: without a name.
-    allow_if(libc::SYS_statx, &[When::Masked(2, EMPTY_PATH, EMPTY_PATH)]),
+    allow_if(calls::SYS_statx, &[When::Masked(2, EMPTY_PATH, EMPTY_PATH)]),
     allow_if(
-        libc::SYS_newfstatat,
+        calls::SYS_newfstatat,
         &[When::Masked(3, EMPTY_PATH, EMPTY_PATH)],
     ),
-    allow(libc::SYS_fstat),
-    allow(libc::SYS_getpeername),
-    allow(libc::SYS_getsockopt),
-    allow_if(libc::SYS_rt_sigaction, &[When::Is(0, KICK as u32)]),
+    allow(calls::SYS_fstat),
+    allow(calls::SYS_getpeername),
+    allow(calls::SYS_getsockopt),
+    allow_if(calls::SYS_rt_sigaction, &[When::Is(0, KICK as u32)]),
 ];
 
-const EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
+/// `AT_EMPTY_PATH` of linux/fcntl.h.
+const EMPTY_PATH: u32 = 0x1000;
 
 /// The filter of each kind of thread, the first for the time before the VM runs.
 pub fn filters() -> [&'static Filter; 5] {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use crate::devices::bus::Bus;
 use crate::exit::Exit;
 use crate::hypervisor::{KICK, Vcpu, VcpuExit};
-use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 /// The thread of a vCPU: it runs the guest, rings doorbells, writes what the serial port says.
@@ -22,20 +22,20 @@ const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
 /// What it takes to run.
 pub(crate) const RUNNING: &[Rule] = &[
     allow_if(
-        libc::SYS_ioctl,
+        calls::SYS_ioctl,
         &[When::Is(1, KVM_RUN), When::Is(1, KVM_KVMCLOCK_CTRL)],
     ),
     // To a serial log that is full.
-    allow(libc::SYS_poll),
-    allow(libc::SYS_ppoll),
+    allow(calls::SYS_poll),
+    allow(calls::SYS_ppoll),
     // A vCPU that ends brings the others out.
-    allow_if(libc::SYS_tgkill, &[When::Is(2, KICK as u32)]),
+    allow_if(calls::SYS_tgkill, &[When::Is(2, KICK as u32)]),
     // What the last one leaves: sources of devices.
-    allow(libc::SYS_epoll_ctl),
+    allow(calls::SYS_epoll_ctl),
     // Doorbells of a device that the guest starts.
-    allow(libc::SYS_dup),
+    allow(calls::SYS_dup),
     allow_if(
-        libc::SYS_fcntl,
+        calls::SYS_fcntl,
         &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
     ),
 ];

@@ -5,10 +5,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{ChildStderr, ExitStatus};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use syscalls::Sysno;
 
 use super::log;
-use crate::jail::{SECCOMP_EXIT_STATUS, SECCOMP_REPORT};
+use crate::jail::{self, SECCOMP_EXIT_STATUS, SECCOMP_REPORT};
 
 /// As much as is read.
 const MOST: u64 = 1024;
@@ -35,7 +34,7 @@ pub(super) fn forbidden(status: ExitStatus, said: &str) -> Option<String> {
     }
     let (call, thread) = said.strip_prefix(SECCOMP_REPORT)?.split_once(' ')?;
     let number: usize = call.parse().ok()?;
-    let name = Sysno::new(number).map_or("unknown", |call| call.name());
+    let name = jail::call_name(number);
     Some(format!(
         "The VMM process made system call {number} ({name}), which its seccomp filter forbids to \
          a {thread} thread"

@@ -18,7 +18,7 @@ mod spec;
 mod supervisor;
 
 use crate::hypervisor::KICK;
-use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 pub use client::{ControlError, VmHandle};
@@ -35,12 +35,12 @@ pub(crate) const CONTROL: Filter = Filter {
 
 /// What it takes to talk.
 pub(crate) const TALK: &[Rule] = &[
-    allow(libc::SYS_recvmsg),
-    allow(libc::SYS_sendmsg),
-    allow(libc::SYS_recvfrom),
-    allow(libc::SYS_sendto),
+    allow(calls::SYS_recvmsg),
+    allow(calls::SYS_sendmsg),
+    allow(calls::SYS_recvfrom),
+    allow(calls::SYS_sendto),
     allow_if(
-        libc::SYS_fcntl,
+        calls::SYS_fcntl,
         &[
             When::Is(1, libc::F_SETFD as u32),
             When::Is(1, libc::F_GETFL as u32),
@@ -49,9 +49,9 @@ pub(crate) const TALK: &[Rule] = &[
         ],
     ),
     // Brings vCPUs out of the guest.
-    allow_if(libc::SYS_tgkill, &[When::Is(2, KICK as u32)]),
+    allow_if(calls::SYS_tgkill, &[When::Is(2, KICK as u32)]),
     // The end of what a VM was made of.
-    allow(libc::SYS_epoll_ctl),
+    allow(calls::SYS_epoll_ctl),
 ];
 
 /// `argv[0]` of a VMM process.

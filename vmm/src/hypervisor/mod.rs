@@ -6,6 +6,8 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), test))]
+pub mod hvf;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 
@@ -23,6 +25,9 @@ pub(crate) const KICK: i32 = 40;
 /// The hypervisor of the target this crate is built for.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub type Host = kvm::Kvm;
+/// The hypervisor of the target this crate is built for.
+#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+pub type Host = hvf::Hvf;
 
 /// An open hypervisor.
 pub trait Hypervisor: Sized {
@@ -339,6 +344,25 @@ pub enum HypervisorError {
     Lacks {
         /// The capability's name in the KVM API.
         capability: &'static str,
+    },
+    /// macOS lets nobody use it who is not signed for it.
+    #[error(
+        "macOS refuses this program a VM: it must be signed with the entitlement \
+         com.apple.security.hypervisor (`make install` does)"
+    )]
+    NotEntitled,
+    /// A process of macOS has one VM at most.
+    #[error("This process has a VM already, and macOS gives a process no second one")]
+    OneVm,
+    /// It differs from what a guest would be told, or a snapshot from what it has.
+    #[error("Unsuitable {what}: {found:#x}, expected {expected:#x}")]
+    Unsuitable {
+        /// What differs.
+        what: &'static str,
+        /// How it is.
+        found: u64,
+        /// How it should be, or the most it may be.
+        expected: u64,
     },
     /// A register of a snapshot that this host's processor can't hold.
     #[error("MSR {index:#x} can't be set to {value:#x} on this host")]

@@ -121,7 +121,7 @@ impl Walls<'_> {
     fn raise(&mut self, layer: Layer, result: Result<(), Refused>) -> Result<bool, JailError> {
         match result {
             Ok(()) => Ok(true),
-            Err(refused) if self.policy.allows(layer) => {
+            Err(refused) if self.policy.allow_missing.contains(&layer) => {
                 let reason = format!("{}: {}", refused.step, refused.source);
                 self.missing.push(Missing { layer, reason });
                 Ok(false)

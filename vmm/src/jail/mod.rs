@@ -9,6 +9,10 @@
 //! thread or reads a byte it doesn't trust. Each of its threads may then narrow what it may call by
 //! a [`Filter`] of its own.
 
+pub mod calls;
+#[cfg(not(target_os = "linux"))]
+mod elsewhere;
+mod filter;
 #[cfg(target_os = "linux")]
 mod ids;
 #[cfg(target_os = "linux")]
@@ -27,13 +31,18 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-#[cfg(target_os = "linux")]
-pub use linux::{close_inherited, enter, spawn_apart};
-#[cfg(target_os = "linux")]
-pub use seccomp::{
+#[cfg(not(target_os = "linux"))]
+pub(crate) use elsewhere::call_name;
+#[cfg(not(target_os = "linux"))]
+pub use elsewhere::{close_inherited, enter, spawn_apart};
+pub use filter::{
     EXIT_STATUS as SECCOMP_EXIT_STATUS, Filter, REPORT as SECCOMP_REPORT, Rule, Seccomp, When,
     absent, allow, allow_if,
 };
+#[cfg(target_os = "linux")]
+pub use linux::{close_inherited, enter, spawn_apart};
+#[cfg(target_os = "linux")]
+pub(crate) use seccomp::call_name;
 
 /// One wall around the process. What needs no help of the host (no new privileges, no
 /// capabilities, no core dumps, limits) isn't listed: it holds everywhere.
@@ -115,10 +124,6 @@ impl Policy {
     /// The first of the ids that systemd's table of them (UIDS-GIDS.md) leaves unused, with room
     /// for every process id above it.
     pub const FIRST_ID: u32 = 0x7000_0000;
-
-    fn allows(&self, layer: Layer) -> bool {
-        self.allow_missing.contains(&layer)
-    }
 }
 
 impl Default for Policy {
@@ -171,7 +176,6 @@ pub struct Refused {
 }
 
 /// Names the step that failed.
-#[cfg(target_os = "linux")]
 fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Refused {
     move |source| Refused {
         step,

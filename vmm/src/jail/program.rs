@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use seccompiler::sock_filter;
 
-use super::seccomp::When;
+use super::filter::When;
 
 /// What becomes of one system call.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,100 +13,12 @@ use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use serde::{Deserialize, Serialize};
-
+use super::filter::{EXIT_STATUS, Filter, REPORT, Seccomp, What};
 use super::program::{self, Verdict, Verdicts};
 use super::{Refused, step};
 
-/// What is done about a forbidden system call.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Seccomp {
-    /// It ends the process.
-    #[default]
-    Enforce,
-    /// The kernel logs it and lets it happen.
-    Log,
-    /// Nothing is filtered.
-    Off,
-}
-
-impl Seccomp {
-    const ALL: [Self; 3] = [Self::Enforce, Self::Log, Self::Off];
-
-    /// Its name in configurations.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Enforce => "enforce",
-            Self::Log => "log",
-            Self::Off => "off",
-        }
-    }
-
-    /// The mode of this name.
-    pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|mode| mode.as_str() == name)
-    }
-}
-
 /// What the filters of this process do; `Off` until it is confined.
 static MODE: AtomicU8 = AtomicU8::new(Seccomp::Off as u8);
-
-/// One system call that may be made.
-#[derive(Debug, Clone, Copy)]
-pub struct Rule {
-    call: libc::c_long,
-    what: What,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum What {
-    Allow,
-    AllowIf(&'static [When]),
-    Absent,
-}
-
-/// A condition on an argument, of which the kernel compares 32 bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// The argument of this place is this value.
-    Is(u8, u32),
-    /// The argument of this place, under a mask, is this value.
-    Masked(u8, u32, u32),
-}
-
-/// A call that is always allowed.
-pub const fn allow(call: libc::c_long) -> Rule {
-    let what = What::Allow;
-    Rule { call, what }
-}
-
-/// A call that is allowed on one of these conditions.
-pub const fn allow_if(call: libc::c_long, when: &'static [When]) -> Rule {
-    let what = What::AllowIf(when);
-    Rule { call, what }
-}
-
-/// A call that this kernel seems not to have (`ENOSYS`), whatever else is said of it.
-pub const fn absent(call: libc::c_long) -> Rule {
-    let what = What::Absent;
-    Rule { call, what }
-}
-
-/// What threads of one kind may do.
-#[derive(Debug, Clone, Copy)]
-pub struct Filter {
-    /// The kind of thread.
-    pub name: &'static str,
-    /// The tables that together are allowed.
-    pub tables: &'static [&'static [Rule]],
-}
-
-/// The status of a process that made a forbidden call: as a shell has it for SIGSYS.
-pub const EXIT_STATUS: i32 = 128 + libc::SIGSYS;
-
-/// How the line on standard error begins; a number and the thread's kind follow.
-pub const REPORT: &str = "seccomp: ";
 
 impl Filter {
     /// Filters this thread's calls, and those of threads it starts, from here on. Does nothing in a
@@ -185,6 +97,11 @@ fn one_heap() -> io::Result<()> {
 #[cfg(not(target_env = "gnu"))]
 fn one_heap() -> io::Result<()> {
     Ok(())
+}
+
+/// The name of the call a process was ended for.
+pub(crate) fn call_name(number: usize) -> &'static str {
+    syscalls::Sysno::new(number).map_or("unknown", |call| call.name())
 }
 
 thread_local! {

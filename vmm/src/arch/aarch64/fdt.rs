@@ -56,7 +56,7 @@ pub(super) fn write(platform: Platform, choices: &Choices<'_>) -> Result<Vec<u8>
         serial(&mut fdt)?;
     }
     for slot in 0..platform.virtio_devices {
-        virtio(&mut fdt, slot)?;
+        virtio(&mut fdt, platform, slot)?;
     }
     fdt.end_node(root)?;
     fdt.finish()
@@ -185,15 +185,18 @@ fn serial(fdt: &mut FdtWriter) -> Result<()> {
     fdt.end_node(node)
 }
 
-fn virtio(fdt: &mut FdtWriter, slot: u32) -> Result<()> {
+fn virtio(fdt: &mut FdtWriter, platform: Platform, slot: u32) -> Result<()> {
     let address = layout::virtio_address(slot);
     let node = fdt.begin_node(&format!("virtio_mmio@{address:x}"))?;
     fdt.property_string("compatible", "virtio,mmio")?;
     fdt.property_array_u64("reg", &[address, layout::VIRTIO_STRIDE])?;
-    fdt.property_array_u32(
-        "interrupts",
-        &[SHARED, layout::virtio_pin(slot), EDGE_RISING],
-    )?;
+    let trigger = if platform.levels {
+        LEVEL_HIGH
+    } else {
+        EDGE_RISING
+    };
+    let interrupt = [SHARED, layout::virtio_pin(slot), trigger];
+    fdt.property_array_u32("interrupts", &interrupt)?;
     fdt.property_null("dma-coherent")?;
     fdt.end_node(node)
 }

@@ -51,6 +51,8 @@ pub enum Gic {
 pub struct CpuCaps {
     /// The interrupt controller the hypervisor makes.
     pub gic: Gic,
+    /// Interrupts of virtio devices are levels, not edges.
+    pub levels: bool,
 }
 
 /// How the first processor starts (booting.rst): MMU off, interrupts masked.
@@ -78,6 +80,8 @@ pub(crate) struct Platform {
     pub(crate) virtio_devices: u32,
     pub(crate) serial: bool,
     pub(crate) gic: Gic,
+    /// Interrupts of virtio devices are levels, not edges.
+    pub(crate) levels: bool,
 }
 
 impl Platform {
@@ -87,6 +91,7 @@ impl Platform {
             virtio_devices,
             serial,
             gic: caps.gic,
+            levels: caps.levels,
         }
     }
 }

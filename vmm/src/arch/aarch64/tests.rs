@@ -68,6 +68,7 @@ const PLATFORM: Platform = Platform {
     virtio_devices: 3,
     serial: true,
     gic: Gic::V3,
+    levels: false,
 };
 
 #[test]
@@ -289,6 +290,7 @@ fn an_old_interrupt_controller_names_its_processors() {
         vcpus: 2,
         gic: Gic::V2,
         serial: false,
+        levels: true,
         ..PLATFORM
     });
     let gic = &tree["/intc@8000000"];
@@ -298,6 +300,8 @@ fn an_old_interrupt_controller_names_its_processors() {
         [0x0800_0000, 0x1000, 0x0801_0000, 0x2000]
     );
     assert_eq!(cells(&tree["/timer"]["interrupts"])[..3], [1, 13, 0x304]);
+    let device = &tree["/virtio_mmio@a000000"];
+    assert_eq!(cells(&device["interrupts"]), [0, 16, 4]);
     assert!(!tree["/chosen"].contains_key("stdout-path"));
     assert!(!tree.contains_key("/pl011@9000000"));
 }

@@ -18,7 +18,7 @@ use std::io;
 
 pub use interrupt::{FaultObserver, Faults, Interrupt};
 
-use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::memory::GuestMemory;
 use crate::sys::doorbell::Doorbell;
 use crate::sys::reactor::{self, ReactorHandle};
@@ -33,19 +33,19 @@ pub(crate) const DEVICES: Filter = Filter {
 
 /// What streams and sockets take.
 pub(crate) const STREAMS: &[Rule] = &[
-    allow(libc::SYS_readv),
-    allow(libc::SYS_writev),
-    allow(libc::SYS_recvfrom),
-    allow(libc::SYS_sendto),
+    allow(calls::SYS_readv),
+    allow(calls::SYS_writev),
+    allow(calls::SYS_recvfrom),
+    allow(calls::SYS_sendto),
     // Of the vsock's listener, the only socket that listens.
-    allow(libc::SYS_accept4),
-    allow(libc::SYS_shutdown),
-    allow(libc::SYS_poll),
-    allow(libc::SYS_ppoll),
+    allow(calls::SYS_accept4),
+    allow(calls::SYS_shutdown),
+    allow(calls::SYS_poll),
+    allow(calls::SYS_ppoll),
     // Blocking or not.
-    allow_if(libc::SYS_ioctl, &[When::Is(1, libc::FIONBIO as u32)]),
+    allow_if(calls::SYS_ioctl, &[When::Is(1, libc::FIONBIO as u32)]),
     allow_if(
-        libc::SYS_fcntl,
+        calls::SYS_fcntl,
         &[
             When::Is(1, libc::F_GETFL as u32),
             When::Is(1, libc::F_SETFL as u32),

@@ -20,7 +20,7 @@ use std::time::Instant;
 use polling::Poller;
 
 use super::threads;
-use crate::jail::{Filter, Rule, When, allow, allow_if};
+use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 
 #[cfg(any(test, feature = "testing"))]
 pub use manual::ManualReactor;
@@ -94,14 +94,14 @@ pub struct Stopped;
 
 /// What it takes to wait for events; a filter of a reactor's thread holds it.
 pub(crate) const WAITING: &[Rule] = &[
-    allow(libc::SYS_epoll_ctl),
-    allow(libc::SYS_epoll_wait),
-    allow(libc::SYS_epoll_pwait),
-    allow(libc::SYS_epoll_pwait2),
-    allow(libc::SYS_timerfd_settime),
+    allow(calls::SYS_epoll_ctl),
+    allow(calls::SYS_epoll_wait),
+    allow(calls::SYS_epoll_pwait),
+    allow(calls::SYS_epoll_pwait2),
+    allow(calls::SYS_timerfd_settime),
     // The reactor's own copy of a source.
     allow_if(
-        libc::SYS_fcntl,
+        calls::SYS_fcntl,
         &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
     ),
 ];

@@ -18,7 +18,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
-use crate::jail::{Filter, Rule, allow};
+use crate::jail::{Filter, Rule, allow, calls};
 use crate::sys::{reactor, threads};
 
 pub use concat::Concat;
@@ -34,11 +34,11 @@ pub(crate) const DISK: Filter = Filter {
 
 /// What a file takes.
 pub(crate) const FILE: &[Rule] = &[
-    allow(libc::SYS_preadv),
-    allow(libc::SYS_pwritev),
-    allow(libc::SYS_pwrite64),
-    allow(libc::SYS_fdatasync),
-    allow(libc::SYS_fallocate),
+    allow(calls::SYS_preadv),
+    allow(calls::SYS_pwritev),
+    allow(calls::SYS_pwrite64),
+    allow(calls::SYS_fdatasync),
+    allow(calls::SYS_fallocate),
 ];
 
 /// Where a disk's bytes are. Positions and lengths are checked against [`Backend::size`] before.
