@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::syncfs;
 use oci_spec::runtime::{LinuxCapabilities, Mount, Process, Root, Spec};
 use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
@@ -115,6 +116,22 @@ impl Bundle {
         }
         spec.set_linux(Some(linux));
         write_json(&self.path.join("config.json"), &spec)
+    }
+
+    /// Writes out what the machine's memory still holds of a disk that outlives it, so that it is there
+    /// when the host is told that the container has stopped.
+    pub(crate) async fn write_out(&self) {
+        let keeps = lock(&self.rootfs)
+            .as_ref()
+            .and_then(|rootfs| rootfs.keeps.clone());
+        let Some(path) = keeps else { return };
+        let written = tokio::task::spawn_blocking(move || -> io::Result<()> {
+            Ok(syncfs(File::open(path)?)?)
+        });
+        // It fails otherwise only if it panicked.
+        if let Ok(Err(error)) = written.await {
+            tracing::error!(id = self.id, %error, "cannot write out the container's disk");
+        }
     }
 
     /// Removes it; waits for file systems to be unmounted, which may take long.

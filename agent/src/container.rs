@@ -210,6 +210,9 @@ impl Container {
             .unwrap_or_default();
         self.oom.check(&self.workshop.events);
         process.set_exited();
+        if exec_id.is_empty() {
+            self.bundle.write_out().await;
+        }
         let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
         self.workshop.events.exit(&self.id, &exec_id, status, now);
         process.drain().await;

@@ -30,6 +30,8 @@ pub(crate) struct Assembled {
     /// What is mounted for it, in order, layers aside.
     mounts: Vec<PathBuf>,
     layers: Vec<String>,
+    /// Where a disk is mounted that outlives the machine with what is written to it.
+    pub(crate) keeps: Option<PathBuf>,
 }
 
 impl Layers {
@@ -51,6 +53,7 @@ impl Layers {
             path: directory.join("rootfs"),
             mounts: Vec::new(),
             layers: Vec::new(),
+            keeps: None,
         };
         for (disk, partitions) in partition::by_disk(&rootfs.partitions)? {
             platform.partition(disk, &partitions).await?;
@@ -126,6 +129,7 @@ impl Layers {
             };
             made.path = root;
             mounted?;
+            made.keeps = (!overlay.upper.is_empty()).then(|| writable.to_path_buf());
             make_directories(writable, directories)?;
             for (option, part, usual) in [
                 ("upperdir", &overlay.upper, "upper"),
@@ -165,6 +169,7 @@ impl Layers {
                 path: target.clone(),
                 mounts: vec![],
                 layers: vec![],
+                keeps: None,
             };
             layer.mount_disk(disk, "erofs", MsFlags::MS_RDONLY)?;
         }
@@ -241,6 +246,7 @@ async fn single(
     };
     if single.directory.is_empty() {
         made.mount_disk(&disk, &single.fstype, flags)?;
+        made.keeps = (!single.read_only).then(|| made.path.clone());
         return make_directories(&made.path, directories);
     }
     let whole = directory.join("disk");
@@ -249,6 +255,7 @@ async fn single(
     let mounted = made.mount_disk(&disk, &single.fstype, flags);
     made.path = root;
     mounted?;
+    made.keeps = (!single.read_only).then(|| whole.clone());
     make_directories(&whole, directories)?;
     let part = whole.join(inside(&single.directory)?);
     made.mount(Some(&part), None, MsFlags::MS_BIND, "")

@@ -1,6 +1,9 @@
 //! The disks of a root file system.
 
 use std::fs::File;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use supermachine_protocol::Partition;
 use supermachine_vmm::devices::virtio::block::concat::ALIGNMENT;
@@ -47,18 +50,57 @@ fn partitioned(
     wanted: &[NamedImage],
     cache: &Cache,
 ) -> Result<(Vec<File>, Vec<Partition>), Error> {
-    let (mut files, mut partitions) = (Vec::new(), Vec::new());
+    let files = all_images(wanted, cache)?;
+    let mut partitions = Vec::with_capacity(files.len());
     let mut offset = 0_u64;
-    for NamedImage { name, image: kind } in wanted {
-        let file = image(kind, cache)?;
-        let size = images::size(&file)?;
+    for (NamedImage { name, .. }, file) in wanted.iter().zip(&files) {
+        let size = images::size(file)?;
         let mut partition = Partition::new();
         partition.name.clone_from(name);
         serial.clone_into(&mut partition.disk);
         (partition.offset, partition.length) = (offset, size.next_multiple_of(ALIGNMENT));
         offset = offset.saturating_add(partition.length);
-        files.push(file);
         partitions.push(partition);
     }
     Ok((files, partitions))
+}
+
+/// As many at a time as there are processors: making one is mostly a program's work.
+fn all_images(wanted: &[NamedImage], cache: &Cache) -> Result<Vec<File>, Error> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Vec<(usize, File)>, Error> {
+        let mut made = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(NamedImage { image: kind, .. }) = wanted.get(index) else {
+                return Ok(made);
+            };
+            match image(kind, cache) {
+                Ok(file) => made.push((index, file)),
+                Err(error) => {
+                    // The others need not go on.
+                    next.store(wanted.len(), Ordering::Relaxed);
+                    return Err(error);
+                }
+            }
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    let made = thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers.min(wanted.len()))
+            .map(|_| scope.spawn(work))
+            .collect();
+        let join = |worker: thread::ScopedJoinHandle<'_, _>| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        workers
+            .into_iter()
+            .map(join)
+            .collect::<Result<Vec<_>, Error>>()
+    })?;
+    let mut made: Vec<(usize, File)> = made.into_iter().flatten().collect();
+    made.sort_by_key(|(index, _)| *index);
+    Ok(made.into_iter().map(|(_, file)| file).collect())
 }

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
+use containerd_shim_protos::api::Mount;
 use libtest_mimic::{Completion, Trial};
 use sha2::{Digest, Sha256};
 use supermachine_tests::containerd::Containerd;
@@ -18,6 +19,7 @@ use supermachine_tests::program::Program;
 use supermachine_tests::{RUNC, until};
 
 use crate::bad::configured;
+use crate::driven;
 use crate::support::{World, equal, failed};
 use images::{HUNDRED, REUSED, TREES};
 
@@ -30,6 +32,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         test("native", |world| same_tree(world, "native")),
         test("blockfile", |world| same_tree(world, "blockfile")),
         on_newer(world, "snapshotters::erofs", erofs),
+        on_newer(world, "snapshotters::templates", templates),
         test("blockfile_keeps", blockfile_keeps),
         test("hundred_layers_and_full", hundred_layers_and_full),
         test("reused_id", reused_id),
@@ -196,6 +199,69 @@ fn erofs(world: &World) -> Result<()> {
     equal(snapshots.image_count()?, before)
 }
 
+/// As containerd 2.2 and later describe an erofs snapshot with a writable layer of its own: images, a
+/// disk that we are to make, and an overlay that names them. What was written is on that disk.
+fn templates(world: &World) -> Result<()> {
+    let files = world.files()?.join("templates");
+    let upper = files.join("upper");
+    fs::create_dir_all(upper.join("etc"))?;
+    fs::write(upper.join("etc/passwd"), "of the upper image\n")?;
+    let mount = |kind: &str, source: &Path, options: &[&str]| Mount {
+        type_: kind.to_owned(),
+        source: source.display().to_string(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+        ..Mount::default()
+    };
+    let image = |name: &str, from: &Path| -> Result<Mount> {
+        let file = files.join(name);
+        let mut mkfs = Command::new("mkfs.erofs");
+        mkfs.arg("--quiet").arg(&file).arg(from);
+        Program::run(mkfs, world.host.deadline)?.success()?;
+        Ok(mount("erofs", &file, &["ro", "loop"]))
+    };
+    let disk = files.join("rwlayer.img");
+    let make = [
+        "X-containerd.mkfs.fs=ext4",
+        "X-containerd.mkfs.size=32MiB",
+        "rw",
+        "loop",
+    ];
+    let mounts = vec![
+        mount("mkfs/ext4", &disk, &make),
+        image("upper.erofs", &upper)?,
+        image("lower.erofs", &world.busybox()?)?,
+        mount(
+            "format/mkdir/overlay",
+            Path::new("overlay"),
+            &[
+                "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
+                "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+                "workdir={{ mount 0 }}/work",
+                "upperdir={{ mount 0 }}/upper",
+                "lowerdir={{ overlay 1 2 }}",
+            ],
+        ),
+    ];
+    let script =
+        "test -e /kept && exit 4; grep -q upper /etc/passwd && echo kept > /kept && exit 3";
+    for status in [3, 4] {
+        let (shim, _bundle) = driven::shim(world, &["sh", "-c", script])?;
+        shim.create_with(|request| request.rootfs = mounts.clone())?;
+        shim.start_task()?;
+        equal(shim.wait()?.exit_status, status)?;
+        shim.delete()?;
+        equal(read_on(world, &disk, "/upper/kept")?.as_str(), "kept\n")?;
+    }
+    Ok(())
+}
+
+/// A file of an ext4 that nobody has mounted.
+fn read_on(world: &World, disk: &Path, path: &str) -> Result<String> {
+    let mut debugfs = Command::new("debugfs");
+    debugfs.args(["-R", &format!("cat {path}")]).arg(disk);
+    Ok(Program::run(debugfs, world.host.deadline)?.text())
+}
+
 /// What was written to a blockfile is in it when the task is gone, and there at the next start.
 fn blockfile_keeps(world: &World) -> Result<()> {
     let host = Snapshots::of(world)?.host(world, "blockfile", &TREES)?;
@@ -215,12 +281,7 @@ fn blockfile_keeps(world: &World) -> Result<()> {
         Ok(host.status(&id)?.is_some_and(|status| status == "STOPPED"))
     })?;
     host.ctr(&["tasks", "delete", &id])?.success()?;
-    let mut debugfs = Command::new("debugfs");
-    debugfs.args(["-R", "cat /kept"]).arg(&file);
-    equal(
-        Program::run(debugfs, host.deadline)?.text().as_str(),
-        "first\n",
-    )?;
+    equal(read_on(world, &file, "/kept")?.as_str(), "first\n")?;
     let again = Program::start(host.command(&["tasks", "start", &id]), host.deadline)?;
     equal(again.finish()?.success()?.as_str(), "first")?;
     drop(container);
