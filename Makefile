@@ -2,7 +2,7 @@
 XTASK = cargo run -q -p xtask --
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench kernel lab check deny clean
+.PHONY: help demo test bench fuzz kernel lab check deny clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ test: ## Set up what is missing and run every test; E2E=name runs some end-to-en
 
 bench: ## Figures of ours beside runc's and QEMU's, in one run
 	@$(XTASK) bench
+
+SECONDS = 60
+fuzz: ## Every fuzz target for SECONDS=60 each
+	@$(XTASK) fuzz --seconds $(SECONDS)
 
 kernel: ## Build the lean guest kernel (about 12 minutes on two processors; cached)
 	@$(XTASK) kernel

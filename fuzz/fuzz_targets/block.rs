@@ -2,14 +2,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use supermachine_fuzz::misbehave;
+use supermachine_fuzz::{SECTORS, block, misbehave};
 use supermachine_vmm::devices::virtio::block::wire::{
     Disk, HEADER_LEN, RANGE_LEN, Request, SECTOR, parse, parse_range,
 };
-use supermachine_vmm::devices::virtio::block::{Block, BlockConfig};
-use supermachine_vmm::testing::MemoryDisk;
-
-const SECTORS: u64 = 64;
 
 fuzz_target!(|data: &[u8]| {
     let disk = Disk {
@@ -29,11 +25,5 @@ fuzz_target!(|data: &[u8]| {
             assert!(range.offset + range.len <= SECTORS * SECTOR);
         }
     }
-    let config = BlockConfig {
-        id: "block0".into(),
-        backend: Box::new(MemoryDisk(vec![0; (SECTORS * SECTOR) as usize])),
-        read_only: false,
-        serial: "fuzz".into(),
-    };
-    misbehave(Block::new(config).expect("a short serial"), data);
+    misbehave(block(), data);
 });

@@ -1,16 +1,7 @@
 //! An entropy device.
 #![no_main]
 
-use std::sync::Arc;
-
 use libfuzzer_sys::fuzz_target;
-use supermachine_fuzz::misbehave;
-use supermachine_vmm::devices::virtio::rng::Rng;
+use supermachine_fuzz::{misbehave, rng};
 
-fuzz_target!(|data: &[u8]| {
-    let source = |bytes: &mut [u8]| {
-        bytes.fill(4);
-        Ok(())
-    };
-    misbehave(Rng::new(Arc::new(source)), data);
-});
+fuzz_target!(|data: &[u8]| misbehave(rng(), data));

@@ -12,6 +12,7 @@ use crate::devices::virtio::balloon::BalloonConfig;
 use crate::devices::virtio::console::ConsoleConfig;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::error::Error;
+use crate::sys::ring::Rings;
 
 /// A VM to build. Files are open already: the VMM opens nothing by name but the hypervisor.
 pub struct VmConfig {
@@ -37,6 +38,8 @@ pub struct VmConfig {
     pub balloon: Option<BalloonConfig>,
     /// Whether the guest is given entropy.
     pub rng: bool,
+    /// Where disks get their rings.
+    pub(crate) rings: Rings,
     /// Hears of each device that faults, by id and reason.
     pub on_device_fault: Option<Arc<FaultObserver>>,
 }
@@ -68,6 +71,7 @@ impl VmConfig {
             vsock: None,
             balloon: None,
             rng: false,
+            rings: Rings::default(),
             on_device_fault: None,
         }
     }

@@ -18,6 +18,7 @@
 
 // `unsafe` lives in few modules; each opens with `#![allow(unsafe_code)]`.
 #![deny(unsafe_code)]
+#![warn(missing_docs)]
 
 pub mod arch;
 pub mod child;
@@ -39,3 +40,8 @@ pub use config::{DiskConfig, VmConfig};
 pub use error::{Error, PauseError};
 pub use exit::Exit;
 pub use machine::{RunningVm, Vm};
+
+/// Compiles what the README shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

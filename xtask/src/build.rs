@@ -136,6 +136,10 @@ fn binaries() -> Result<()> {
     for (package, binary) in BINARIES {
         command.args(["-p", package, "--bin", binary]);
     }
+    command.args(["-p", programs::EXAMPLES_OF]);
+    for example in programs::EXAMPLES {
+        command.args(["--example", example]);
+    }
     call(&mut command)?;
     let bin = paths::products().join("bin");
     paths::make_dir(&bin)?;

@@ -16,6 +16,7 @@ mod containerd;
 mod cpio;
 mod demo;
 mod deny;
+mod fuzz;
 mod host;
 mod images;
 mod kernel;
@@ -56,6 +57,8 @@ enum Task {
     Demo(demo::Args),
     /// Ours beside runc and QEMU, in one run
     Bench(bench::Args),
+    /// Every fuzz target for a while
+    Fuzz(fuzz::Args),
     /// Licences, sources and advisories of everything we link
     Deny(deny::Args),
     /// Build the standard library for another target, such as aarch64-unknown-linux-gnu
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Task::Deny(args) => deny::run(&args).map(|()| 0),
         Task::Sysroot { target } => sysroot::ensure(&target).map(|dir| {
             println!("{}", dir.display());

@@ -17,7 +17,11 @@ use crate::{build, containerd, images, lab, paths};
 /// The package they are of.
 pub(crate) const PACKAGE: &str = "supermachine-tests";
 /// Its programs.
-pub(crate) const PROGRAMS: [&str; 4] = ["bench", "demo", "e2e", "probe"];
+pub(crate) const PROGRAMS: [&str; 5] = ["bench", "demo", "e2e", "guest", "probe"];
+/// The package whose examples are run as well.
+pub(crate) const EXAMPLES_OF: &str = "supermachine-vmm";
+/// Those examples; they are installed as `example-NAME`.
+pub(crate) const EXAMPLES: [&str; 2] = ["balloon", "boot"];
 
 /// What to run, where.
 #[derive(Debug)]
@@ -43,6 +47,12 @@ pub(crate) fn install() -> Result<()> {
     paths::make_dir(&folder())?;
     for program in PROGRAMS {
         build::install_stripped(&build::built(program), &folder())?;
+    }
+    for example in EXAMPLES {
+        let built = build::built("examples").join(example);
+        let named = built.with_file_name(format!("example-{example}"));
+        fs::copy(&built, &named).with_context(|| format!("cannot copy {}", built.display()))?;
+        build::install_stripped(&named, &folder())?;
     }
     Ok(())
 }

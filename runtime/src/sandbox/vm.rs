@@ -13,6 +13,7 @@ use supermachine_vmm::control::{
     BootSpec, ConsoleSpec, ControlError, DiskSpec, Event as VmEvent, Exit as VmExit, LogLevel,
     SpawnConfig, VmHandle, VsockSpec,
 };
+use supermachine_vmm::devices::virtio::balloon::BalloonConfig;
 use supermachine_vmm::devices::virtio::console::MAX_PORTS;
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
@@ -286,7 +287,7 @@ fn boot_spec(
             cid: GUEST_CID,
             listener: vsock,
         }),
-        balloon: true,
+        balloon: Some(BalloonConfig::default()),
         rng: true,
     }
 }

@@ -14,12 +14,13 @@ use super::message::{
 use super::outbox::Outbox;
 use super::server::News;
 use super::{CONTROL, describe};
-use crate::devices::virtio::balloon::{self, BalloonConfig};
+use crate::devices::virtio::balloon;
 use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::hypervisor::{Host, HypervisorError};
+use crate::sys::ring::Rings;
 use crate::sys::threads;
 use crate::{DiskConfig, Error, PauseError, RunningVm, Vm, VmConfig};
 
@@ -49,15 +50,22 @@ pub(super) struct Guest {
     news: Sender<News>,
     /// Taken by the one VM there may be.
     hypervisor: Option<Opened>,
+    rings: Rings,
     vm: Option<RunningVm>,
 }
 
 impl Guest {
-    pub(super) fn new(outbox: Outbox, news: Sender<News>, hypervisor: Opened) -> Self {
+    pub(super) fn new(
+        outbox: Outbox,
+        news: Sender<News>,
+        hypervisor: Opened,
+        rings: Rings,
+    ) -> Self {
         Self {
             outbox,
             news,
             hypervisor: Some(hypervisor),
+            rings,
             vm: None,
         }
     }
@@ -141,7 +149,8 @@ impl Guest {
         if self.vm.is_some() {
             return Err(refuse(ErrorKind::State, "The VM has been booted already"));
         }
-        let config = self.config(boot, files)?;
+        let mut config = self.config(boot, files)?;
+        config.rings = std::mem::take(&mut self.rings);
         let hypervisor = self
             .hypervisor
             .take()
@@ -199,8 +208,9 @@ impl Guest {
             disks,
             console: boot.console.map(|console| self.console_config(console)),
             vsock,
-            balloon: boot.balloon.then(BalloonConfig::default),
+            balloon: boot.balloon,
             rng: boot.rng,
+            rings: Rings::default(),
             on_device_fault: Some(Arc::new(move |device, reason| {
                 outbox.offer(ToParent::Event(Event::DeviceFault {
                     device: device.to_owned(),

@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::virtio::balloon::BalloonConfig;
 use crate::jail::Missing;
 
 /// Version of these messages. Parent and child are the same binary, so a mismatch means that
@@ -71,7 +72,7 @@ pub(super) struct Boot {
     pub(super) disks: Vec<Disk>,
     pub(super) console: Option<Console>,
     pub(super) vsock: Option<Vsock>,
-    pub(super) balloon: bool,
+    pub(super) balloon: Option<BalloonConfig>,
     pub(super) rng: bool,
 }
 

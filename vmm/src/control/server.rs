@@ -15,12 +15,15 @@ use super::outbox::Outbox;
 use super::{CONTROL, describe};
 use crate::hypervisor::{Host, HypervisorError};
 use crate::jail::Missing;
+use crate::sys::ring::Rings;
 use crate::sys::threads;
 
 /// What the process has of its time before it was confined.
 pub(crate) struct Start {
     /// The host's hypervisor, or why there is none; told when a VM is asked for.
     pub(crate) hypervisor: Result<Host, HypervisorError>,
+    /// For the first disks.
+    pub(crate) rings: Rings,
     /// Layers of the confinement that the host lacks.
     pub(crate) missing: Vec<Missing>,
 }
@@ -59,7 +62,7 @@ fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Res
     })?;
 
     let slow = answer_slowly(outbox.clone())?;
-    let mut guest = Guest::new(outbox.clone(), news, start.hypervisor);
+    let mut guest = Guest::new(outbox.clone(), news, start.hypervisor, start.rings);
     for news in inbox {
         match news {
             News::Request(Request { id, body }, files) => match guest.handle(body, files) {

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use crate::devices::virtio::balloon::BalloonConfig;
 use crate::jail::Policy;
 
 use super::message::{Boot, Console, Disk, FileIndex, LogLevel, Vsock};
@@ -60,8 +61,8 @@ pub struct BootSpec {
     pub console: Option<ConsoleSpec>,
     /// A vsock device.
     pub vsock: Option<VsockSpec>,
-    /// A balloon device.
-    pub balloon: bool,
+    /// How the guest gives memory back, if it does.
+    pub balloon: Option<BalloonConfig>,
     /// An entropy device.
     pub rng: bool,
 }

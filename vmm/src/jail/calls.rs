@@ -62,6 +62,8 @@ calls! {
     SYS_getsockopt
     SYS_gettid
     SYS_gettimeofday
+    SYS_io_uring_enter
+    SYS_io_uring_register
     SYS_ioctl
     SYS_lseek
     SYS_madvise

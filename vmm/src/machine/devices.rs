@@ -76,12 +76,13 @@ impl DeviceSet {
         for (index, disk) in config.disks.drain(..).enumerate() {
             let id = format!("block{index}");
             let backend = backend(disk.files, disk.read_only).map_err(refused(&id))?;
-            let block = Block::new(BlockConfig {
+            let block = BlockConfig {
                 id: id.clone(),
                 backend,
                 read_only: disk.read_only,
                 serial: disk.serial,
-            });
+            };
+            let block = Block::with_rings(block, &mut config.rings);
             self.add_blocking(Box::new(block.map_err(refused(&id))?))?;
         }
         Ok(handles)

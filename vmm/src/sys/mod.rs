@@ -5,6 +5,7 @@
 pub mod doorbell;
 pub mod random;
 pub mod reactor;
+pub mod ring;
 pub mod storage;
 pub(crate) mod threads;
 pub mod vectored;

@@ -141,7 +141,13 @@ impl<D: VirtioDevice> Rig<D> {
     /// When nothing came back.
     pub fn exchange(&mut self, index: u16, buffers: &[Buffer]) -> Used {
         let head = self.submit(index, buffers);
-        let used = self.used(index).expect("the device keeps the chain");
+        let mut used = None;
+        // A disk's I/O is done by the kernel meanwhile.
+        self.run_until(|rig| {
+            used = rig.used(index);
+            used.is_some()
+        });
+        let used = used.expect("it was waited for");
         assert_eq!(used.head, head);
         used
     }

@@ -73,7 +73,7 @@ pub(crate) fn no_kernel() -> Result<BootSpec, Failed> {
             max_ports: 1,
         }),
         vsock: None,
-        balloon: false,
+        balloon: None,
         rng: false,
     })
 }

@@ -141,6 +141,12 @@ const ATTEMPTS: &[Attempt] = &[
     attempt("io_uring", libc::SYS_io_uring_setup, DANGEROUS, || {
         call(libc::SYS_io_uring_setup, [1, 0, 0])
     }),
+    attempt(
+        "memory of io_uring",
+        libc::SYS_io_uring_register,
+        DANGEROUS,
+        || call(libc::SYS_io_uring_register, [-1, 0, 0]),
+    ),
     attempt("bpf", libc::SYS_bpf, DANGEROUS, || {
         call(libc::SYS_bpf, [0, 0, 0])
     }),

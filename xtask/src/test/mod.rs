@@ -5,6 +5,7 @@ mod total;
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -12,7 +13,7 @@ use self::e2e::Report;
 use self::total::Total;
 use crate::containerd::Version;
 use crate::step::{call, step};
-use crate::{deny, paths};
+use crate::{deny, fuzz, paths};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// End-to-end tests on this containerd only, instead of on both
     #[arg(long, env = "CONTAINERD", value_enum)]
     containerd: Option<Version>,
+    /// Also every fuzz target for so many seconds each
+    #[arg(long, env = "FUZZ_SECONDS", value_name = "SECONDS")]
+    fuzz: Option<u64>,
     /// Everything but the end-to-end tests; what `make check` does
     #[arg(long)]
     quick: bool,
@@ -33,6 +37,15 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     let filter = args.e2e.as_deref().filter(|name| !name.is_empty());
     if filter.is_none() {
         good &= check(&mut total)?;
+        if let Some(seconds) = args.fuzz {
+            let seconds = Duration::from_secs(seconds.max(1));
+            let [passed, failed] = step("fuzz", || fuzz::targets(seconds, ""))?;
+            total.add(Total {
+                passed,
+                failed,
+                skipped: 0,
+            });
+        }
     }
     let mut where_run = String::new();
     if !args.quick {
@@ -76,6 +89,11 @@ fn check(total: &mut Total) -> Result<bool> {
         "warnings",
     ];
     good &= passes("lints", cargo().args(lints));
+    let docs = ["doc", "-p", "supermachine-vmm", "--no-deps"];
+    good &= passes(
+        "documentation",
+        cargo().args(docs).env("RUSTDOCFLAGS", "-Dwarnings"),
+    );
     // Without the advisories: a test's result must not change with the day.
     good &= reported(deny::check(true));
     let unit = ["test", "--workspace", "--no-fail-fast"];

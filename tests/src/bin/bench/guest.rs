@@ -1,5 +1,7 @@
 //! A guest that is nothing but its kernel: a program of a few instructions as `/init`.
 
+use supermachine_tests::initramfs::Initramfs;
+
 /// Where `/init` announces itself: CPUID of this leaf. It exits to the host on every VMM, needs no
 /// device and no privilege, and KVM's tracepoint shows the leaf.
 pub(crate) const MARKER: u32 = 0x534d_4249;
@@ -25,31 +27,7 @@ const REBOOT: [u32; 3] = [0xfee1_dead, 672_274_793, 0x0123_4567];
 
 /// The initramfs with that `/init`.
 pub(crate) fn initramfs(init: Init) -> Vec<u8> {
-    let mut archive = Vec::new();
-    entry(&mut archive, "dev", 0o040_755, &[], (0, 0));
-    // The kernel opens it for init's standard streams.
-    entry(&mut archive, "dev/console", 0o020_600, &[], (5, 1));
-    entry(&mut archive, "init", 0o100_755, &program(init), (0, 0));
-    entry(&mut archive, "TRAILER!!!", 0, &[], (0, 0));
-    archive
-}
-
-/// One file of a cpio archive, format "newc" (the kernel's buffer-format.rst).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, data: &[u8], device: (u32, u32)) {
-    let inode = archive.len();
-    archive.extend(format!(
-        "070701{inode:08x}{mode:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}",
-        0, 0, 1, 0, data.len(), 0, 0, device.0, device.1, name.len() + 1, 0
-    ).bytes());
-    archive.extend(name.bytes());
-    archive.push(0);
-    pad(archive);
-    archive.extend(data);
-    pad(archive);
-}
-
-fn pad(archive: &mut Vec<u8>) {
-    archive.resize(archive.len().next_multiple_of(4), 0);
+    Initramfs::new(&program(init)).finish()
 }
 
 /// A static ELF program for x86_64: one segment, headers and code.

@@ -9,9 +9,11 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use supermachine_tests::initramfs::Initramfs;
 use supermachine_vmm::control::{
     BootSpec, ConsoleSpec, DiskSpec, Event, Exit, SpawnConfig, VmHandle, VsockSpec,
 };
+use supermachine_vmm::devices::virtio::balloon::BalloonConfig;
 
 use crate::guest::{self, Init};
 use crate::trace;
@@ -19,6 +21,10 @@ use crate::trace;
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t tsc=reliable";
 const MEMORY: u64 = 128 << 20;
 const DISK: u64 = 16 << 20;
+/// The disk that I/O is measured on: more than the guest could cache.
+const DATA: u64 = 256 << 20;
+/// What the guest that does disk I/O is told beside [`COMMAND_LINE`].
+const DISK_IO: &str = "GUEST=disk";
 /// The longest a guest may take on an emulated machine.
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -46,6 +52,15 @@ impl Files {
         }
         let disk = File::create(files.disk()).context("cannot make a disk")?;
         disk.set_len(DISK).context("cannot size a disk")?;
+        let program = std::env::current_exe()
+            .context("cannot find this program")?
+            .with_file_name("guest");
+        let init = Initramfs::of_program(&program)?;
+        std::fs::write(files.dir.join("disk.cpio"), init.finish())
+            .context("cannot write an initramfs")?;
+        // Written whole: what is measured is I/O, not the host's allocation of blocks.
+        std::fs::write(files.dir.join("data"), vec![0x5a; DATA as usize])
+            .context("cannot fill a disk")?;
         Ok(files)
     }
 
@@ -58,6 +73,11 @@ impl Files {
 
     fn disk(&self) -> PathBuf {
         self.dir.join("disk")
+    }
+
+    /// What the guest that does disk I/O has said.
+    pub(crate) fn serial(&self) -> Result<String> {
+        std::fs::read_to_string(self.dir.join("serial")).context("no serial output was kept")
     }
 
     /// Where the agent would be reached.
@@ -94,7 +114,37 @@ impl Vmm {
     pub(crate) fn boot(&self, files: &Files, init: Init) -> Result<Running> {
         match self {
             Self::Ours(exe) => boot_ours(exe, &bare(files, init)?),
-            Self::Qemu(exe) => boot_qemu(exe, files, init),
+            Self::Qemu(exe) => boot_qemu(exe, &QemuGuest::bare(files, init)),
+        }
+    }
+
+    /// Boots the guest that does disk I/O and tells about it on the serial port.
+    pub(crate) fn boot_disk(&self, files: &Files) -> Result<Running> {
+        let (archive, data) = (files.dir.join("disk.cpio"), files.dir.join("data"));
+        let serial = files.dir.join("serial");
+        let log = File::create(&serial).context("cannot keep serial output")?;
+        match self {
+            Self::Ours(exe) => {
+                let mut spec = bare(files, Init::Reset)?;
+                spec.initramfs = Some(open(&archive)?);
+                spec.cmdline = format!("{COMMAND_LINE} {DISK_IO}");
+                spec.serial = Some(log.into());
+                let data = File::options().read(true).write(true).open(&data);
+                if let Some(disk) = spec.disks.first_mut() {
+                    disk.files = vec![data.context("cannot open the disk")?];
+                }
+                boot_ours(exe, &spec)
+            }
+            Self::Qemu(exe) => boot_qemu(
+                exe,
+                &QemuGuest {
+                    kernel: files.kernel.clone(),
+                    initramfs: archive,
+                    disk: data,
+                    cmdline: format!("{COMMAND_LINE} {DISK_IO}"),
+                    serial: format!("file:{}", serial.display()),
+                },
+            ),
         }
     }
 }
@@ -123,7 +173,7 @@ fn bare(files: &Files, init: Init) -> Result<BootSpec> {
         }],
         console: None,
         vsock: None,
-        balloon: false,
+        balloon: None,
         rng: false,
     })
 }
@@ -148,7 +198,7 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
         max_ports: 17,
     });
     spec.vsock = Some(VsockSpec { cid: 3, listener });
-    spec.balloon = true;
+    spec.balloon = Some(BalloonConfig::default());
     spec.rng = true;
     let running = boot_ours(exe, &spec)?;
     if let Running::Ours(vm, _) = &running {
@@ -174,8 +224,30 @@ fn boot_ours(exe: &Path, spec: &BootSpec) -> Result<Running> {
     Ok(Running::Ours(vm, events))
 }
 
-fn boot_qemu(exe: &Path, files: &Files, init: Init) -> Result<Running> {
-    let drive = format!("id=d,file={},format=raw,if=none", files.disk().display());
+/// What QEMU boots.
+#[derive(Debug)]
+struct QemuGuest {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    disk: PathBuf,
+    cmdline: String,
+    serial: String,
+}
+
+impl QemuGuest {
+    fn bare(files: &Files, init: Init) -> Self {
+        Self {
+            kernel: files.kernel.clone(),
+            initramfs: files.initramfs(init),
+            disk: files.disk(),
+            cmdline: COMMAND_LINE.to_owned(),
+            serial: "null".to_owned(),
+        }
+    }
+}
+
+fn boot_qemu(exe: &Path, guest: &QemuGuest) -> Result<Running> {
+    let drive = format!("id=d,file={},format=raw,if=none", guest.disk.display());
     let child = Command::new(exe)
         .args([
             "-machine",
@@ -189,11 +261,11 @@ fn boot_qemu(exe: &Path, files: &Files, init: Init) -> Result<Running> {
             "none",
             "-no-reboot",
         ])
-        .args(["-serial", "null", "-append", COMMAND_LINE])
+        .args(["-serial", &guest.serial, "-append", &guest.cmdline])
         .arg("-kernel")
-        .arg(&files.kernel)
+        .arg(&guest.kernel)
         .arg("-initrd")
-        .arg(files.initramfs(init))
+        .arg(&guest.initramfs)
         .args(["-drive", &drive, "-device", "virtio-blk-device,drive=d"])
         .stdin(Stdio::null())
         .spawn()

@@ -8,6 +8,7 @@
 
 mod boots;
 mod containers;
+mod disks;
 mod guest;
 mod machine;
 mod memory;
@@ -19,11 +20,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use supermachine_tests::disk::CASES;
 use supermachine_tests::step::say;
 use supermachine_tests::{RUNC, RUNTIME};
 
 use boots::{Boot, Exits};
 use containers::Host;
+use disks::{Cost, Measured};
 use guest::Init;
 use machine::{Files, Vmm};
 use memory::Idle;
@@ -59,6 +62,9 @@ struct Args {
     /// Leave containers out
     #[arg(long)]
     no_containers: bool,
+    /// Only disk I/O
+    #[arg(long)]
+    disks: bool,
     /// Also trace system calls and page faults of one boot each
     #[arg(long)]
     profile: bool,
@@ -92,6 +98,12 @@ fn run(args: &Args) -> Result<()> {
         runs: args.runs,
     };
     let mut report = Report::default();
+    if !args.icount {
+        bench.disks(&mut report);
+        if args.disks {
+            return report.finish("Wall time, disks", "disks.md");
+        }
+    }
     if !args.icount && !args.no_containers {
         containers(&mut report, &args.images, args.runs);
     }
@@ -253,6 +265,41 @@ impl Bench {
             of(&ours, reasons),
             of(&qemu, reasons),
         );
+    }
+
+    /// Disk I/O, one VMM after the other.
+    fn disks(&self, report: &mut Report) {
+        let beside = format!("(beside: {})", self.qemu.name());
+        let [ours, qemu] = [&self.ours, &self.qemu].map(|vmm| {
+            let measured = disks::measure(vmm, &self.files);
+            report.take(&format!("disk of {}", vmm.name()), measured)
+        });
+        for (place, case) in CASES.iter().enumerate() {
+            let text = |measured: &Option<Vec<Measured>>| {
+                let one = measured.as_ref().and_then(|measured| measured.get(place));
+                one.map_or_else(|| "—".to_owned(), |one| one.text(case))
+            };
+            report.row(
+                &format!("disk: {} {beside}", case.name),
+                text(&ours),
+                text(&qemu),
+            );
+        }
+        let [ours, qemu] = [&self.ours, &self.qemu].map(|vmm| {
+            let costs = disks::costs(&self.tracer, vmm, &self.files);
+            report.take(&format!("disk exits of {}", vmm.name()), costs)
+        });
+        for (place, case) in CASES.iter().enumerate() {
+            let text = |costs: &Option<Vec<Cost>>| {
+                let one = costs.as_ref().and_then(|costs| costs.get(place));
+                one.map_or_else(
+                    || "—".to_owned(),
+                    |one| format!("{:.2} / {:.2}", one.exits, one.interrupts),
+                )
+            };
+            let name = format!("exits / interrupts of a request: {} {beside}", case.name);
+            report.row(&name, text(&ours), text(&qemu));
+        }
     }
 
     /// The bare VMMs while their guest sleeps.

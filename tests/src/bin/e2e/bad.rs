@@ -79,7 +79,8 @@ fn written(world: &World, text: &str) -> Result<ShimConfig> {
     })
 }
 
-fn kernel() -> Result<PathBuf> {
+/// The kernel of the installation.
+pub(crate) fn kernel() -> Result<PathBuf> {
     let configuration = configuration()?;
     let path = configuration
         .get("kernel")

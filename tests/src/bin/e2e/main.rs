@@ -14,8 +14,10 @@
 #![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test program")]
 
 mod bad;
+mod balloon;
 mod confinement;
 mod driven;
+mod examples;
 mod exec;
 mod input;
 mod kernels;
@@ -43,7 +45,14 @@ use supermachine_tests::RUNTIME;
 use support::World;
 
 /// Groups that drive a shim themselves: no containerd is involved, of whatever version.
-const WITHOUT_CONTAINERD: &[&str] = &["bad", "confinement", "driven", "kernels"];
+const WITHOUT_CONTAINERD: &[&str] = &[
+    "bad",
+    "balloon",
+    "confinement",
+    "driven",
+    "examples",
+    "kernels",
+];
 
 #[derive(Debug, Parser)]
 #[command(about = "End-to-end tests of supermachine")]
@@ -97,6 +106,8 @@ fn run(options: Options) -> Result<ExitCode> {
         spec::tests,
         driven::tests,
         kernels::tests,
+        balloon::tests,
+        examples::tests,
         confinement::tests,
         bad::tests,
         versions::tests,

@@ -22,6 +22,7 @@ mod worker;
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use crate::memory::{DiscardError, GuestMemory};
@@ -46,7 +47,8 @@ const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
 /// What a balloon offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BalloonConfig {
     /// Bytes that no target may take from the guest. A machine keeps an eighth of its memory, and
     /// what a kernel needs, whatever is said here.

@@ -6,7 +6,8 @@ use std::io;
 
 use vm_memory::{Bytes, VolatileSlice};
 
-use super::{Backend, FileBackend};
+use super::{Backend, Part};
+use crate::sys::storage;
 
 /// Where each file starts: a multiple of this. What is between two of them reads as zeroes.
 pub const ALIGNMENT: u64 = 4096;
@@ -18,18 +19,6 @@ pub struct Concat {
     size: u64,
 }
 
-#[derive(Debug)]
-struct Part {
-    start: u64,
-    file: FileBackend,
-}
-
-impl Part {
-    fn end(&self) -> u64 {
-        self.start + self.file.size()
-    }
-}
-
 impl Concat {
     /// Takes over `files`, which are open for reading.
     ///
@@ -39,15 +28,13 @@ impl Concat {
         let mut parts = Vec::with_capacity(files.len());
         let mut size = 0_u64;
         for file in files {
-            let part = Part {
-                start: size,
-                file: FileBackend::open(file, true)?,
-            };
+            let len = storage::size(&file)?;
+            let start = size;
             size = size
-                .checked_add(part.file.size())
+                .checked_add(len)
                 .and_then(|end| end.checked_next_multiple_of(ALIGNMENT))
                 .ok_or(io::ErrorKind::FileTooLarge)?;
-            parts.push(part);
+            parts.push(Part { file, start, len });
         }
         Ok(Self { parts, size })
     }
@@ -58,17 +45,22 @@ impl Backend for Concat {
         self.size
     }
 
+    fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
     fn read(&mut self, mut offset: u64, into: Vec<VolatileSlice<'_>>) -> io::Result<()> {
-        let mut into = VecDeque::from(into);
+        // An empty one may lie behind the end.
+        let mut into: VecDeque<_> = into.into_iter().filter(|slice| !slice.is_empty()).collect();
         while !into.is_empty() {
             // Files before this one end at `offset` or have only padding left.
             let next = self.parts.partition_point(|part| part.start <= offset);
             let limit = self.parts.get(next).map_or(self.size, |part| part.start);
-            let here = next.checked_sub(1).and_then(|at| self.parts.get_mut(at));
-            match here.filter(|part| offset < part.end()) {
+            let here = next.checked_sub(1).and_then(|at| self.parts.get(at));
+            match here.filter(|part| offset < part.start + part.len) {
                 Some(part) => {
-                    let (piece, moved) = take(&mut into, part.end() - offset)?;
-                    part.file.read(offset - part.start, piece)?;
+                    let (piece, moved) = take(&mut into, (part.start + part.len) - offset)?;
+                    storage::read_exact_at(&part.file, offset - part.start, piece)?;
                     offset += moved;
                 }
                 None if offset < limit => {

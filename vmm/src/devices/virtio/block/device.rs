@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use super::requests::Requests;
 use super::wire::{Disk, ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use super::worker::Worker;
-use super::{Backend, BlockConfig, BlockError, Metrics};
+use super::{BlockConfig, BlockError, Metrics};
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
-use crate::sys::reactor::Running;
+use crate::sys::reactor::{Running, Stopped};
+use crate::sys::ring::{Ring, Rings};
 
 /// Device ID (virtio 1.2, 5.2.1).
 const TYPE: u32 = 2;
@@ -29,14 +31,13 @@ pub(super) const F_WRITE_ZEROES: u64 = 1 << 14;
 pub struct Block {
     id: String,
     disk: Disk,
-    serial: [u8; ID_LEN],
     metrics: Arc<Metrics>,
     state: State,
 }
 
 #[derive(Debug)]
 enum State {
-    Inactive(Box<dyn Backend>),
+    Inactive(Box<(Requests, Option<Ring>)>),
     Active(Running<Worker>),
     /// The backend went with a reactor that ended before the disk was reset.
     Lost,
@@ -44,11 +45,21 @@ enum State {
 
 impl Block {
     /// Makes a disk. It works on the reactor it is activated with, where its I/O blocks: give each
-    /// disk a reactor of its own.
+    /// disk a reactor of its own. Where the host has io_uring, several requests of a disk made of
+    /// [`parts`](Backend::parts) are done at once.
     ///
     /// # Errors
     /// A serial number that is too long.
     pub fn new(config: BlockConfig) -> Result<Self, BlockError> {
+        Self::with_rings(config, &mut Rings::OnDemand)
+    }
+
+    /// The same, with a ring of these if there is one.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_rings(config: BlockConfig, rings: &mut Rings) -> Result<Self, BlockError> {
+        let ring = ring(&config, rings);
         let BlockConfig {
             id,
             backend,
@@ -64,13 +75,19 @@ impl Block {
             sectors: backend.size() / SECTOR,
             read_only,
         };
-        let (metrics, state) = (Arc::default(), State::Inactive(backend));
+        let metrics = Arc::default();
+        let requests = Requests {
+            backend,
+            disk,
+            serial: padded,
+            write_through: false,
+            metrics: Arc::clone(&metrics),
+        };
         Ok(Self {
             id,
             disk,
-            serial: padded,
             metrics,
-            state,
+            state: State::Inactive(Box::new((requests, ring))),
         })
     }
 
@@ -135,31 +152,24 @@ impl VirtioDevice for Block {
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         self.reset();
         let queue = activation.require_queue(0)?;
-        let backend = match std::mem::replace(&mut self.state, State::Lost) {
-            State::Inactive(backend) => backend,
+        let (mut requests, ring) = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Inactive(parts) => *parts,
             State::Active(_) | State::Lost => {
                 return Err(std::io::Error::other("The disk's backend is lost").into());
             }
         };
-        let worker = Worker {
-            queue,
-            backend,
-            disk: self.disk,
-            serial: self.serial,
-            // Without FLUSH the driver has no way to ask: be a write-through cache (5.2.6.2).
-            write_through: activation.features & F_FLUSH == 0,
-            metrics: Arc::clone(&self.metrics),
-            interrupt: activation.interrupt,
-            faults: activation.faults,
-        };
+        // Without FLUSH the driver has no way to ask: be a write-through cache (5.2.6.2).
+        requests.write_through = activation.features & F_FLUSH == 0;
+        let (interrupt, faults) = (activation.interrupt, activation.faults);
+        let worker = Worker::new(queue, requests, ring, interrupt, faults);
         self.state = State::Active(activation.reactor.spawn(worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Lost) {
-            State::Active(running) => match running.stop() {
-                Ok(worker) => State::Inactive(worker.backend),
+            State::Active(running) => match stop(running) {
+                Ok(parts) => State::Inactive(Box::new(parts)),
                 Err(error) => {
                     tracing::error!(device = self.id, %error, "The disk's backend is lost");
                     State::Lost
@@ -167,5 +177,32 @@ impl VirtioDevice for Block {
             },
             other => other,
         };
+    }
+}
+
+/// Stops a worker, with nothing of its work left to be done.
+fn stop(running: Running<Worker>) -> Result<(Requests, Option<Ring>), Stopped> {
+    running.call(|worker, _| worker.drain())?;
+    Ok(running.stop()?.into_parts())
+}
+
+/// The kernel's way to do several requests at once, if the backend and the host have one.
+fn ring(config: &BlockConfig, rings: &mut Rings) -> Option<Ring> {
+    let files: Vec<_> = config
+        .backend
+        .parts()
+        .iter()
+        .map(|part| &part.file)
+        .collect();
+    if files.is_empty() {
+        return None;
+    }
+    match rings.take(&files) {
+        Ok(ring) => Some(ring),
+        Err(error) => {
+            let device = &config.id;
+            tracing::info!(device, %error, "No io_uring: the disk does one request at a time");
+            None
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
-use super::Backend;
+use super::{Backend, Part};
 use crate::sys::storage;
 
 /// Written where the file system can't zero a range by itself.
@@ -14,8 +14,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// A [`Backend`] over a regular file or a block device.
 #[derive(Debug)]
 pub struct FileBackend {
-    file: File,
-    size: u64,
+    part: Part,
 }
 
 impl FileBackend {
@@ -32,14 +31,22 @@ impl FileBackend {
                 "File of a writable disk is not open for writing",
             ));
         }
-        Ok(Self { file, size })
+        Ok(Self {
+            part: Part {
+                file,
+                start: 0,
+                len: size,
+            },
+        })
     }
 
     fn write_zeroes_out(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         while len > 0 {
             let here = len.min(ZEROES.len() as u64);
-            self.file.write_all_at(&ZEROES[..here as usize], offset)?;
+            self.part
+                .file
+                .write_all_at(&ZEROES[..here as usize], offset)?;
             offset += here;
             len -= here;
         }
@@ -53,23 +60,27 @@ fn is_unsupported(error: &io::Error) -> bool {
 
 impl Backend for FileBackend {
     fn size(&self) -> u64 {
-        self.size
+        self.part.len
+    }
+
+    fn parts(&self) -> &[Part] {
+        std::slice::from_ref(&self.part)
     }
 
     fn read(&mut self, offset: u64, into: Vec<VolatileSlice<'_>>) -> io::Result<()> {
-        storage::read_exact_at(&self.file, offset, into)
+        storage::read_exact_at(&self.part.file, offset, into)
     }
 
     fn write(&mut self, offset: u64, from: Vec<VolatileSlice<'_>>) -> io::Result<()> {
-        storage::write_all_at(&self.file, offset, from)
+        storage::write_all_at(&self.part.file, offset, from)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.sync_data()
+        self.part.file.sync_data()
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        match storage::punch_hole(&self.file, offset, len) {
+        match storage::punch_hole(&self.part.file, offset, len) {
             // A discard is a hint (virtio 1.2, 5.2.6.2): not to follow it is allowed.
             Err(error) if is_unsupported(&error) => Ok(()),
             other => other,
@@ -78,9 +89,9 @@ impl Backend for FileBackend {
 
     fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         let zeroed = if may_unmap {
-            storage::punch_hole(&self.file, offset, len)
+            storage::punch_hole(&self.part.file, offset, len)
         } else {
-            storage::zero_range(&self.file, offset, len)
+            storage::zero_range(&self.part.file, offset, len)
         };
         match zeroed {
             Err(error) if is_unsupported(&error) => self.write_zeroes_out(offset, len),

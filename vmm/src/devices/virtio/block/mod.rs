@@ -7,13 +7,16 @@
 pub mod concat;
 mod device;
 mod file;
+mod flights;
 mod metrics;
+mod requests;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 mod worker;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 
 use vm_memory::VolatileSlice;
@@ -32,6 +35,9 @@ pub(crate) const DISK: Filter = Filter {
     tables: &[threads::EVERY, reactor::WAITING, FILE],
 };
 
+/// Requests for each notification, before a call to the worker gets its turn.
+const BUDGET: usize = 64;
+
 /// What a file takes.
 pub(crate) const FILE: &[Rule] = &[
     allow(calls::SYS_preadv),
@@ -39,12 +45,21 @@ pub(crate) const FILE: &[Rule] = &[
     allow(calls::SYS_pwrite64),
     allow(calls::SYS_fdatasync),
     allow(calls::SYS_fallocate),
+    // A ring that was made, and restricted, before the VM ran.
+    allow(calls::SYS_io_uring_enter),
 ];
 
 /// Where a disk's bytes are. Positions and lengths are checked against [`Backend::size`] before.
 pub trait Backend: fmt::Debug + Send {
     /// Bytes. Never changes; what is over whole sectors of 512 bytes is not shown to the guest.
     fn size(&self) -> u64;
+
+    /// The files that have the disk's bytes, if that is all there is to it: then the kernel can be
+    /// given several requests at once, where it is able to. What no part has goes through
+    /// [`read`](Self::read) and [`write`](Self::write), one request after the other. Never changes.
+    fn parts(&self) -> &[Part] {
+        &[]
+    }
 
     /// Fills all of `into` from `offset` on, or fails.
     fn read(&mut self, offset: u64, into: Vec<VolatileSlice<'_>>) -> io::Result<()>;
@@ -60,6 +75,17 @@ pub trait Backend: fmt::Debug + Send {
 
     /// Makes the range read as zeroes; `may_unmap` allows to give its space back.
     fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+}
+
+/// A file and the range of a disk that it has from its beginning.
+#[derive(Debug)]
+pub struct Part {
+    /// The file.
+    pub file: File,
+    /// Where on the disk its first byte is.
+    pub start: u64,
+    /// Bytes that it has.
+    pub len: u64,
 }
 
 /// A disk.

@@ -47,17 +47,33 @@ pub enum Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Fill `len` writable bytes from the disk.
-    Read { offset: u64, len: u64 },
+    Read {
+        /// The first byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Write the `len` readable bytes behind the header to the disk.
-    Write { offset: u64, len: u64 },
+    Write {
+        /// The first byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Make what was written durable.
     Flush,
     /// Say which disk this is.
     GetId,
     /// Deallocate the ranges behind the header.
-    Discard { ranges: u32 },
+    Discard {
+        /// How many.
+        ranges: u32,
+    },
     /// Zero the ranges behind the header.
-    WriteZeroes { ranges: u32 },
+    WriteZeroes {
+        /// How many.
+        ranges: u32,
+    },
 }
 
 /// A range to discard or to zero, in bytes.

@@ -68,6 +68,11 @@ impl Chain {
         self.position
     }
 
+    /// The memory the buffers lie in.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     /// Bytes the device may read.
     pub fn readable_len(&self) -> u64 {
         self.layout.readable_len

@@ -19,6 +19,9 @@ pub enum ServeError {
         /// What the system call answered.
         source: io::Error,
     },
+    /// The host takes no I/O of this device any more.
+    #[error("The host refuses I/O")]
+    Host(#[source] io::Error),
 }
 
 impl ActiveQueue {

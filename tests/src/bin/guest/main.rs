@@ -1,0 +1,50 @@
+//! A guest's `/init`, for tests and benches that boot a VM without a container: does what its
+//! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=wait`), then resets the machine.
+
+#![allow(
+    clippy::print_stdout,
+    reason = "standard output is the machine's serial port"
+)]
+
+#[allow(
+    unsafe_code,
+    reason = "asynchronous I/O is system calls that no library of ours has"
+)]
+mod disk;
+mod memory;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        println!("guest: this is the first process of a guest, and of nothing else");
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = run() {
+        println!("guest: {error:#}");
+    }
+    // Returns only when it fails; then the kernel panics, which ends the machine too.
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<()> {
+    for (kind, dir) in [("devtmpfs", "/dev"), ("proc", "/proc")] {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {dir}"))?;
+        mount(Some(kind), dir, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("cannot mount {dir}"))?;
+    }
+    // The kernel hands on as environment what it doesn't know.
+    match std::env::var("GUEST").as_deref() {
+        Ok("memory") => memory::run(),
+        Ok("disk") => disk::run(),
+        Ok("wait") => loop {
+            nix::unistd::pause();
+        },
+        other => bail!("GUEST={other:?} on the command line is nothing this program does"),
+    }
+}
