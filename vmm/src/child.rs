@@ -138,6 +138,7 @@ fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> 
         Some(policy) => serde_json::from_slice(policy.as_bytes())?,
         None => Policy::default(),
     };
+    env::set_current_dir("/")?;
     jail::close_inherited()?;
     let hypervisor = Host::open();
     let rings = Rings::make(RINGS);

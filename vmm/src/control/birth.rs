@@ -23,7 +23,8 @@ pub(super) fn spawn(config: &SpawnConfig, socket: UnixStream) -> Result<Child, C
         .arg0(ARG0)
         .args([ARG1, &config.name, config.log_level.as_str(), &policy])
         .env_clear()
-        .current_dir("/")
+        // It goes to / by itself: asked to do it for a child, the standard library forks, which
+        // copies this process's page tables and has it fault on each page it writes to later.
         .stdin(Stdio::from(OwnedFd::from(socket)))
         .stdout(Stdio::null())
         // For the last words of a process that can't say them over the socket.
