@@ -16,7 +16,7 @@ use serde_json::Serializer;
 use supermachine_protocol::protobuf::MessageField;
 use supermachine_protocol::{FileContent, Rootfs, Stdio};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::container::Workshop;
 use crate::engine::helper::{SECCOMP, Withheld};
 use crate::engine::seccomp::Filter;
@@ -95,6 +95,7 @@ impl Bundle {
         spec.set_root(Some(root));
         let mut linux = spec.linux().clone().unwrap_or_default();
         linux.set_cgroups_path(Some(Cgroup::config_path(&self.id)));
+        cgroup::forbid_swap(&mut linux);
         if let Some(profile) = linux.seccomp() {
             let filter = Filter::of(profile).map_err(Error::Program)?;
             let file = self.path.join(SECCOMP);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc::SIGKILL;
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
+use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxResources};
 use supermachine_protocol::StatsResponse;
 
 use crate::devices;
@@ -146,5 +146,52 @@ impl Cgroup {
             next += 1;
         }
         tree
+    }
+}
+
+/// Says "no swap" (a limit that includes as much as the memory's) in cgroup v2's own words:
+/// libcontainer takes the 0 that is left for no limit.
+pub(crate) fn forbid_swap(linux: &mut Linux) {
+    let Some(resources) = linux.resources_mut() else {
+        return;
+    };
+    let Some(memory) = resources.memory_mut() else {
+        return;
+    };
+    if memory.limit().is_none_or(|limit| limit <= 0) || memory.swap() != memory.limit() {
+        return;
+    }
+    memory.set_swap(None);
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    unified
+        .entry("memory.swap.max".to_owned())
+        .or_insert_with(|| "0".to_owned());
+    resources.set_unified(Some(unified));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn swap_of(memory: &str) -> (Option<i64>, Option<String>) {
+        let config = format!(r#"{{"resources": {{"memory": {memory}}}}}"#);
+        let mut linux: Linux = serde_json::from_str(&config).expect("JSON");
+        forbid_swap(&mut linux);
+        let resources = linux.resources().as_ref().expect("resources");
+        let unified = resources.unified().as_ref();
+        (
+            resources.memory().and_then(|memory| memory.swap()),
+            unified.and_then(|unified| unified.get("memory.swap.max").cloned()),
+        )
+    }
+
+    #[test]
+    fn no_swap_is_a_limit_of_nothing() {
+        let none = swap_of(r#"{"limit": 4096, "swap": 4096}"#);
+        assert_eq!(none, (None, Some("0".to_owned())));
+        let some = swap_of(r#"{"limit": 4096, "swap": 8192}"#);
+        assert_eq!(some, (Some(8192), None));
+        let unlimited = swap_of(r#"{"limit": -1, "swap": -1}"#);
+        assert_eq!(unlimited, (Some(-1), None));
     }
 }
