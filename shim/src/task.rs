@@ -280,7 +280,17 @@ fn status(error: Error) -> ttrpc::Error {
         Kind::Program => Code::UNKNOWN,
         Kind::Internal => Code::INTERNAL,
     };
-    ttrpc::Error::RpcStatus(get_status(code, error.chain()))
+    let mut text = error.chain();
+    // So Go's errdefs ends its texts, and of some errors ctr prints nothing else.
+    let name = match code {
+        Code::NOT_FOUND => ": not found",
+        Code::ALREADY_EXISTS => ": already exists",
+        _ => "",
+    };
+    if !text.ends_with(name) {
+        text.push_str(name);
+    }
+    ttrpc::Error::RpcStatus(get_status(code, text))
 }
 
 /// A moment as protobuf has it; moments before 1970 become 1970.
