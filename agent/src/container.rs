@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -35,6 +36,19 @@ pub(crate) struct Workshop {
     pub(crate) containers: PathBuf,
     /// libcontainer's own state.
     pub(crate) state: PathBuf,
+    /// Sockets through which terminals come.
+    pub(crate) consoles: PathBuf,
+    /// How many there have been.
+    pub(crate) consoles_made: AtomicU64,
+}
+
+impl Workshop {
+    /// A path for a terminal's socket. Not by the process's names, which are too long: the path of a
+    /// socket has 107 bytes, and with Docker two names have 128.
+    fn console(&self) -> PathBuf {
+        let number = self.consoles_made.fetch_add(1, Ordering::Relaxed);
+        self.consoles.join(number.to_string())
+    }
 }
 
 /// A container that was created and not yet deleted.
@@ -87,7 +101,7 @@ impl Container {
 
         let ports = Ports::open(&*workshop.platform, &stdio).await?;
         let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
-        let console = terminal.is_some().then(|| bundle.path().join("console"));
+        let console = terminal.is_some().then(|| workshop.console());
         let order = Order {
             container_id: id,
             state: &workshop.state,
@@ -162,9 +176,7 @@ impl Container {
         let workshop = &self.workshop;
         let ports = Ports::open(&*workshop.platform, &stdio).await?;
         let (ends, mut streams, terminal) = ports.connect(&workshop.pump, owner)?;
-        let console = terminal
-            .is_some()
-            .then(|| self.bundle.path().join(format!("console-{exec_id}")));
+        let console = terminal.is_some().then(|| workshop.console());
         let order = Order {
             container_id: &self.id,
             state: &workshop.state,
@@ -182,9 +194,7 @@ impl Container {
         }
         making.go().await;
         let made = making.made(&workshop.reaper).await;
-        for leftover in [Some(&file), console.as_ref()].into_iter().flatten() {
-            let _ = fs::remove_file(leftover);
-        }
+        let _ = fs::remove_file(&file);
         let Made { pid, exit, .. } = made?;
         let process = Arc::new(Process::new(pid, streams, None));
         process.set_running();

@@ -40,6 +40,7 @@ pub mod boot;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use supermachine_protocol::{create_agent, ttrpc};
 
@@ -85,6 +86,8 @@ fn workshop(platform: Box<dyn Platform>, directory: &Path) -> Result<Arc<Worksho
         layers: rootfs::Layers::new(make("layers")?),
         containers: make("containers")?,
         state: make("state")?,
+        consoles: make("consoles")?,
+        consoles_made: AtomicU64::default(),
     }))
 }
 

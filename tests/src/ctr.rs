@@ -71,6 +71,11 @@ impl Ctr {
         }
     }
 
+    /// containerd's socket.
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
     /// A `ctr` command to add arguments to.
     pub fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = Command::new(&self.binary);

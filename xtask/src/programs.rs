@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::containerd::Version;
 use crate::host::Place;
 use crate::lab::Run;
-use crate::{build, containerd, images, lab, paths};
+use crate::{apt, build, containerd, images, lab, paths};
 
 /// The package they are of.
 pub(crate) const PACKAGE: &str = "supermachine-tests";
@@ -54,6 +54,21 @@ pub(crate) fn install() -> Result<()> {
         fs::copy(&built, &named).with_context(|| format!("cannot copy {}", built.display()))?;
         build::install_stripped(&named, &folder())?;
     }
+    install_docker_init()
+}
+
+/// What `docker run --init` runs, of a package that the lab has not got.
+fn install_docker_init() -> Result<()> {
+    let init = folder().join("docker-init");
+    if init.exists() {
+        return Ok(());
+    }
+    let unpacked = tempfile::tempdir().context("no folder for a package")?;
+    for deb in apt::Suite::open("sid")?.download(&["tini-static"])? {
+        apt::unpack(&deb, unpacked.path())?;
+    }
+    let from = unpacked.path().join("usr/bin/tini-static");
+    fs::copy(&from, &init).with_context(|| format!("cannot copy {}", from.display()))?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net as blocking;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -45,7 +45,11 @@ pub(crate) struct Making {
 
 /// Takes the pty's master from a process that has one.
 #[derive(Debug)]
-pub(crate) struct Console(UnixListener);
+pub(crate) struct Console {
+    listener: UnixListener,
+    /// Gone with it.
+    path: PathBuf,
+}
 
 /// A process whose program does not run yet.
 #[derive(Debug)]
@@ -74,11 +78,10 @@ impl Making {
             let (helper, their_helper) = blocking::UnixStream::pair()?;
             let (program, their_program) = blocking::UnixStream::pair()?;
             let console = match order.console {
-                Some(path) => {
-                    // Left over only if an earlier attempt of the same name was cut short.
-                    let _ = fs::remove_file(path);
-                    Some(Console(UnixListener::bind(path)?))
-                }
+                Some(path) => Some(Console {
+                    listener: UnixListener::bind(path)?,
+                    path: path.to_owned(),
+                }),
                 None => None,
             };
             let job = Job {
@@ -167,11 +170,18 @@ impl Console {
     /// [`Making::made`]. Before that a process that fails would be waited for in vain.
     pub(crate) async fn terminal(self) -> Result<OwnedFd, Error> {
         let take = async {
-            let (stream, _) = self.0.accept().await?;
+            let (stream, _) = self.listener.accept().await?;
             stream.readable().await?;
             receive_descriptor(&stream.into_std()?)
         };
         take.await.map_err(Error::system("receive a terminal"))
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // It may have gone with the whole guest's files.
+        let _ = fs::remove_file(&self.path);
     }
 }
 

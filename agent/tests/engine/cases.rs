@@ -433,15 +433,18 @@ fn files_of_the_host() -> Outcome {
 
 fn exec_terminal() -> Outcome {
     on_machine(async |machine| {
-        machine.run("a", &spec(&["sleep", "1000"])).await;
+        let id = "a".repeat(64);
+        machine.run(&id, &spec(&["sleep", "1000"])).await;
         let mut process = process(&sh("stty size; echo by name > /dev/stdout; id -u; exit 4"));
         process["terminal"] = json!(true);
         process["consoleSize"] = json!({"width": 90, "height": 30});
         process["user"] = json!({"uid": 1000, "gid": 1000});
-        let mut ends = machine.exec("a", "e", &process).await.unwrap();
+        // Names as long as Docker's.
+        let exec = "e".repeat(64);
+        let mut ends = machine.exec(&id, &exec, &process).await.unwrap();
         let stdout = text(ends.stdout.take()).await;
         assert_eq!(stdout, "30 90\r\nby name\r\n1000\r\n");
-        assert_eq!(machine.exit("a", "e").await, 4);
+        assert_eq!(machine.exit(&id, &exec).await, 4);
     })
 }
 

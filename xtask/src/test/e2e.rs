@@ -28,7 +28,7 @@ pub(super) struct Report {
     pub(super) good: bool,
     /// The containerd's exact version.
     release: Option<String>,
-    /// Tests left to the other run, as no containerd is involved.
+    /// Tests left to the other run, as one containerd is enough for them.
     left_out: u32,
     durations: Vec<(String, Duration)>,
 }
@@ -44,7 +44,7 @@ impl Report {
         let mut text = format!("; containerd {}", releases.join(" and "));
         let once: u32 = reports.iter().map(|report| report.left_out).sum();
         if once > 0 {
-            text.push_str(&format!(", {once} tests without one ran once"));
+            text.push_str(&format!(", {once} tests ran on one alone"));
         }
         text
     }
@@ -223,7 +223,7 @@ mod tests {
         assert_eq!((report.total.passed, report.total.failed), (1, 1));
         assert_eq!(
             Report::describe(&[report]),
-            "; containerd 1.7.24, 12 tests without one ran once"
+            "; containerd 1.7.24, 12 tests ran on one alone"
         );
     }
 }

@@ -16,6 +16,7 @@
 mod bad;
 mod balloon;
 mod confinement;
+mod docker;
 mod driven;
 mod examples;
 mod exec;
@@ -44,11 +45,13 @@ use supermachine_tests::RUNTIME;
 
 use support::World;
 
-/// Groups that drive a shim themselves: no containerd is involved, of whatever version.
-const WITHOUT_CONTAINERD: &[&str] = &[
+/// Groups that one run is enough for: they drive a shim themselves, so that no containerd is
+/// involved, or a dockerd, which is on the newest.
+const ONCE: &[&str] = &[
     "bad",
     "balloon",
     "confinement",
+    "docker",
     "driven",
     "examples",
     "kernels",
@@ -72,7 +75,7 @@ struct Options {
     /// The most that one step may take, in seconds
     #[arg(long, default_value_t = 120)]
     deadline: u64,
-    /// Leave out the tests that involve no containerd: a run on another one has them
+    /// Leave out the tests that one containerd is enough for: a run on another has them
     #[arg(long)]
     only_containerd: bool,
     #[command(flatten)]
@@ -112,6 +115,7 @@ fn run(options: Options) -> Result<ExitCode> {
         bad::tests,
         versions::tests,
         snapshotters::tests,
+        docker::tests,
     ];
     if arguments.list {
         let listed = suites
@@ -132,7 +136,7 @@ fn run(options: Options) -> Result<ExitCode> {
     let mut tests: Vec<_> = suites.iter().flat_map(|suite| suite(&world)).collect();
     if options.only_containerd {
         let all = tests.len();
-        tests.retain(involves_containerd);
+        tests.retain(on_every_containerd);
         println!("left out: {}", all - tests.len());
     }
     let conclusion = libtest_mimic::run(&arguments, tests);
@@ -145,7 +149,7 @@ fn run(options: Options) -> Result<ExitCode> {
     Ok(conclusion.exit_code())
 }
 
-fn involves_containerd(test: &Trial) -> bool {
+fn on_every_containerd(test: &Trial) -> bool {
     let group = test.name().split("::").next().unwrap_or_default();
-    !WITHOUT_CONTAINERD.contains(&group)
+    !ONCE.contains(&group)
 }

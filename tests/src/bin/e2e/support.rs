@@ -153,7 +153,7 @@ pub(crate) fn failed(error: anyhow::Error) -> Failed {
     format!("{error:#}").into()
 }
 
-fn find(name: &str) -> Option<PathBuf> {
+pub(crate) fn find(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
