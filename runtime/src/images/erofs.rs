@@ -12,13 +12,25 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
 use super::cache::own_path;
-use super::{Error, MKFS_EROFS, Progress, mkfs};
+use super::progress::{Content, Progress};
+use super::{Error, MKFS_EROFS, mkfs};
+
+/// From so many bytes of holes on they are kept: files are then in chunks, each of which is read and
+/// hashed, as a hole or another's copy takes no space. A sparse file of terabytes would fill the disk.
+const HOLES: u64 = 64 << 20;
+/// Bytes of a chunk: 8 bytes of the image for each.
+const CHUNK: u64 = 64 << 10;
 
 /// Writes an image of `directory` into `image`, an empty file.
 pub(super) fn write(directory: &Path, image: &File) -> Result<(), Error> {
+    let content = Content::of(directory);
     let mut command = MKFS_EROFS.command();
-    command.arg("--quiet").arg(path_of(image)).arg(directory);
-    let mut progress = Progress::new(directory, image);
+    command.arg("--quiet");
+    if content.holes >= HOLES {
+        command.arg(format!("--chunksize={CHUNK}"));
+    }
+    command.arg(path_of(image)).arg(directory);
+    let progress = Progress::new(directory, image, content.bytes);
     mkfs(command, &MKFS_EROFS, directory, || progress.tell())
 }
 

@@ -22,7 +22,6 @@ pub(crate) use cache::{nameless, publish};
 pub(crate) use identity::Identity;
 pub(crate) use mounted::mounted;
 pub(crate) use own::{disk as own_disk, image as own_image, size};
-use progress::Progress;
 pub(crate) use sweep::sweep;
 
 /// Why an image can't be had.
@@ -59,7 +58,7 @@ pub enum Error {
 
 /// Runs a mkfs to its end; `about` is what an error names, `tell` is called while it takes long.
 fn mkfs(mut command: Command, tool: &Tool, about: &Path, tell: impl FnMut()) -> Result<(), Error> {
-    let ended = progress::run(&mut command, Progress::EVERY, tell);
+    let ended = progress::run(&mut command, progress::EVERY, tell);
     let (status, text) = ended.map_err(|source| Error::Missing {
         program: tool.program,
         package: tool.package,

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// How often there is word.
-const EVERY: Duration = Duration::from_secs(2);
+pub(super) const EVERY: Duration = Duration::from_secs(2);
 /// What is kept of a program's errors: its last words are what counts.
 const WORDS_MAX: usize = 16 << 10;
 
@@ -67,25 +67,22 @@ fn listen(child: &mut Child, every: Duration, tell: &mut dyn FnMut()) -> io::Res
 pub(super) struct Progress<'a> {
     pub(super) directory: &'a Path,
     pub(super) image: &'a File,
-    /// Bytes of the directory's files, counted when there is something to tell.
-    total: Option<u64>,
+    /// Bytes of the directory's files.
+    total: u64,
     started: Instant,
 }
 
 impl<'a> Progress<'a> {
-    pub(super) const EVERY: Duration = EVERY;
-
-    pub(super) fn new(directory: &'a Path, image: &'a File) -> Self {
+    pub(super) fn new(directory: &'a Path, image: &'a File, total: u64) -> Self {
         Self {
             directory,
             image,
-            total: None,
+            total,
             started: Instant::now(),
         }
     }
 
-    pub(super) fn tell(&mut self) {
-        let total = *self.total.get_or_insert_with(|| content(self.directory));
+    pub(super) fn tell(&self) {
         let written = self
             .image
             .metadata()
@@ -93,31 +90,45 @@ impl<'a> Progress<'a> {
         tracing::info!(
             layer = %self.directory.display(),
             mib = written >> 20,
-            of_mib = total >> 20,
+            of_mib = self.total >> 20,
             seconds = self.started.elapsed().as_secs(),
             "Making an image"
         );
     }
 }
 
-/// Bytes of all files below `directory`, each counted once; what can't be read isn't.
-fn content(directory: &Path) -> u64 {
-    let (mut total, mut linked) = (0_u64, HashSet::new());
-    let mut left = vec![directory.to_path_buf()];
-    while let Some(directory) = left.pop() {
-        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            // Of the entry itself, not of what a link leads to.
-            let Ok(found) = entry.metadata() else {
-                continue;
-            };
-            if found.is_dir() {
-                left.push(entry.path());
-            } else if found.is_file() && (found.nlink() < 2 || linked.insert(found.ino())) {
-                total = total.saturating_add(found.len());
+/// How much is in the files of a directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Content {
+    /// Bytes of all files, holes included.
+    pub(super) bytes: u64,
+    /// Bytes that take no space where they are.
+    pub(super) holes: u64,
+}
+
+impl Content {
+    /// Of all files below `directory`, each counted once; what can't be read isn't.
+    pub(super) fn of(directory: &Path) -> Self {
+        let (mut content, mut linked) = (Self::default(), HashSet::new());
+        let mut left = vec![directory.to_path_buf()];
+        while let Some(directory) = left.pop() {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                // Of the entry itself, not of what a link leads to.
+                let Ok(found) = entry.metadata() else {
+                    continue;
+                };
+                if found.is_dir() {
+                    left.push(entry.path());
+                } else if found.is_file() && (found.nlink() < 2 || linked.insert(found.ino())) {
+                    let kept = found.blocks().saturating_mul(512);
+                    let holes = found.len().saturating_sub(kept);
+                    content.bytes = content.bytes.saturating_add(found.len());
+                    content.holes = content.holes.saturating_add(holes);
+                }
             }
         }
+        content
     }
-    total
 }
 
 #[cfg(test)]
@@ -167,10 +178,11 @@ mod tests {
         std::fs::hard_link(path("d/a"), path("b")).unwrap();
         std::os::unix::fs::symlink("d/a", path("c")).unwrap();
         std::fs::write(path("e"), [0; 24]).unwrap();
-        assert_eq!(content(root.path()), 1024);
-        let image = File::create(path("image")).unwrap();
-        let mut progress = Progress::new(root.path(), &image);
-        progress.tell();
-        assert_eq!(progress.total, Some(1024));
+        assert_eq!(Content::of(root.path()).bytes, 1024);
+        let sparse = File::create(path("sparse")).unwrap();
+        sparse.set_len(1 << 20).unwrap();
+        let content = Content::of(root.path());
+        assert_eq!(content.bytes, (1 << 20) + 1024);
+        assert!(content.holes >= 1 << 20, "{content:?}");
     }
 }

@@ -251,6 +251,41 @@ fn owners_modes_times_and_attributes_come_along() {
     });
 }
 
+#[test]
+fn large_holes_take_no_space() {
+    use std::os::unix::fs::FileExt;
+    let root = tempdir();
+    let cache = cache(&root, 1 << 30);
+    let layer = root.path().join("fs");
+    write(&layer.join("small"), "small");
+    let hole = 200u64 << 20;
+    let sparse = File::create(layer.join("sparse")).expect("create");
+    sparse.write_all_at(b"start", 0).expect("write");
+    sparse
+        .write_all_at(b"behind the hole", hole)
+        .expect("write");
+    let image = cache.layer(&layer).expect("image");
+    let blocks = image.metadata().expect("metadata").blocks();
+    assert!(blocks * 512 < 2 << 20, "{blocks} blocks");
+    in_namespace(|| {
+        let at = root.path().join("view");
+        loop_mount(&image, &at, "erofs", "ro,loop");
+        let small = std::fs::read_to_string(at.join("small")).expect("text");
+        assert_eq!(small, "small");
+        let sparse = File::open(at.join("sparse")).expect("open");
+        assert_eq!(sparse.metadata().expect("metadata").len(), hole + 15);
+        for (offset, expected) in [
+            (0, b"start\0"),
+            (hole - 3, b"\0\0\0beh"),
+            (hole / 2, &[0; 6]),
+        ] {
+            let mut found = [1; 6];
+            sparse.read_exact_at(&mut found, offset).expect("read");
+            assert_eq!(&found, expected, "at {offset}");
+        }
+    });
+}
+
 /// cap_net_raw=ep, revision 2 (linux/capability.h, struct vfs_cap_data).
 const CAPABILITY: &[u8] = &[
     1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
