@@ -17,6 +17,7 @@ use supermachine_protocol::protobuf::MessageField;
 use supermachine_protocol::{FileContent, Rootfs, Stdio};
 
 use crate::cgroup::{self, Cgroup};
+use crate::changes::Changes;
 use crate::container::Workshop;
 use crate::engine::helper::{SECCOMP, Withheld};
 use crate::engine::seccomp::Filter;
@@ -79,6 +80,11 @@ impl Bundle {
     ) -> Result<(), Error> {
         files::write(&self.path, files)?;
         files::locate(&self.path, files, mounts)
+    }
+
+    /// What is written to its root file system.
+    pub(crate) fn changes(&self) -> Option<Changes> {
+        lock(&self.rootfs).as_ref()?.changes.clone()
     }
 
     /// Fits the config to this guest and writes what the engine and its helpers look for.

@@ -94,13 +94,18 @@ impl Cgroup {
         })
     }
 
+    /// Kills what is left in it and waits for its end.
+    pub(crate) async fn kill(&self) {
+        self.signal(SIGKILL);
+        self.emptied().await;
+    }
+
     /// Kills what is left in it and removes it.
     pub(crate) async fn remove(&self) -> Result<(), Error> {
         if !self.directory.exists() {
             return Ok(());
         }
-        self.signal(SIGKILL);
-        self.emptied().await;
+        self.kill().await;
         let mut tree = self.tree();
         // Children before their parents.
         tree.reverse();

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::bundle::{self, Bundle};
 use crate::cgroup::Cgroup;
+use crate::changes::Changes;
 use crate::engine::run::{Made, Making, Order};
 use crate::error::Error;
 use crate::events::Events;
@@ -224,7 +225,13 @@ impl Container {
             self.bundle.write_out().await;
         }
         let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
-        self.workshop.events.exit(&self.id, &exec_id, status, now);
+        // What runs on without an init process would write on.
+        let changes = exec_id.is_empty() && {
+            self.cgroup.kill().await;
+            self.bundle.changes().is_some_and(|changes| changes.exist())
+        };
+        let events = &self.workshop.events;
+        events.exit(&self.id, &exec_id, status, now, changes);
         process.drain().await;
     }
 
@@ -246,6 +253,15 @@ impl Container {
     pub(crate) fn signal_all(&self, signal: u32) -> Result<(), Error> {
         self.cgroup.signal(check_signal(signal)?);
         Ok(())
+    }
+
+    /// What was written to its root file system, once nobody writes any more.
+    pub(crate) fn changes(&self) -> Result<Changes, Error> {
+        if !self.has_exited() {
+            return Err(Error::State(format!("Container {:?} is running", self.id)));
+        }
+        let changes = self.bundle.changes();
+        changes.ok_or_else(|| Error::not_found("changes of container", &self.id))
     }
 
     pub(crate) fn pids(&self) -> Vec<u32> {

@@ -20,12 +20,20 @@ struct Queue {
 }
 
 impl Events {
-    pub(crate) fn exit(&self, container_id: &str, exec_id: &str, status: u32, exited_at_ns: i64) {
+    pub(crate) fn exit(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        status: u32,
+        exited_at_ns: i64,
+        changes: bool,
+    ) {
         let mut exit = Exit::new();
         exit.container_id = container_id.to_owned();
         exit.exec_id = exec_id.to_owned();
         exit.status = status;
         exit.exited_at_ns = exited_at_ns;
+        exit.changes = changes;
         let mut event = Event::new();
         event.set_exit(exit);
         self.push(event);

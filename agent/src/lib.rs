@@ -12,6 +12,7 @@
 
 mod bundle;
 mod cgroup;
+mod changes;
 mod container;
 mod devices;
 mod engine;
@@ -38,6 +39,8 @@ mod uevent;
 pub mod boot;
 
 use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -51,7 +54,8 @@ pub use platform::{Disk, Platform, Port};
 use container::Workshop;
 use identity::About;
 
-/// Serves the agent's calls at `address` ("vsock://…" or "unix://…") until the server is dropped.
+/// Serves the agent's calls at `address` ("vsock://…" or "unix://…") until the server is dropped,
+/// and changes of containers to whoever connects to `changes`.
 ///
 /// `directory` holds everything the agent keeps: it must exist and be private to it.
 ///
@@ -62,13 +66,18 @@ pub async fn serve(
     address: &str,
     platform: Box<dyn Platform>,
     directory: &Path,
+    changes: UnixListener,
 ) -> Result<ttrpc::r#async::Server, Error> {
+    changes
+        .set_nonblocking(true)
+        .map_err(Error::system("listen for who asks for changes"))?;
     let now = identity::uptime();
     let about = About {
         init: now,
         listening: now,
     };
-    start(address, workshop(platform, directory)?, about, None).await
+    let workshop = workshop(platform, directory)?;
+    start(address, changes.into(), workshop, about, None).await
 }
 
 fn workshop(platform: Box<dyn Platform>, directory: &Path) -> Result<Arc<Workshop>, Error> {
@@ -93,11 +102,14 @@ fn workshop(platform: Box<dyn Platform>, directory: &Path) -> Result<Arc<Worksho
 
 async fn start(
     address: &str,
+    changes: OwnedFd,
     workshop: Arc<Workshop>,
     about: About,
     power_off: Option<fn()>,
 ) -> Result<ttrpc::r#async::Server, Error> {
-    let calls = server::Calls(Arc::new(server::Service::new(workshop, about, power_off)));
+    let service = Arc::new(server::Service::new(workshop, about, power_off));
+    changes::serve(changes, service.clone())?;
+    let calls = server::Calls(service);
     let failed = |error: ttrpc::Error| Error::System {
         action: "listen for the host",
         source: std::io::Error::other(error),

@@ -11,9 +11,14 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, chdir, chown};
 use supermachine_protocol::{Directory, OverlayRootfs, Rootfs, SingleDisk, is_disk_serial, rootfs};
 
+use crate::changes::Changes;
 use crate::error::Error;
 use crate::partition;
 use crate::platform::{Disk, Platform};
+
+/// What is in an upper directory is there as a whole, whatever the kernel's defaults: a changed file
+/// with its data, a renamed directory with its content, all names without an index.
+const WHOLE_INODES: &str = ",metacopy=off,redirect_dir=off,index=off";
 
 /// Mounted layers, shared by all containers that name the same disk.
 #[derive(Debug)]
@@ -27,6 +32,8 @@ pub(crate) struct Layers {
 pub(crate) struct Assembled {
     /// Where the container's root is.
     pub(crate) path: PathBuf,
+    /// What is written to it; none if that can't be kept.
+    pub(crate) changes: Option<Changes>,
     /// What is mounted for it, in order, layers aside.
     mounts: Vec<PathBuf>,
     layers: Vec<String>,
@@ -51,6 +58,7 @@ impl Layers {
     ) -> Result<Assembled, Error> {
         let mut made = Assembled {
             path: directory.join("rootfs"),
+            changes: None,
             mounts: Vec::new(),
             layers: Vec::new(),
             keeps: None,
@@ -131,6 +139,7 @@ impl Layers {
             mounted?;
             made.keeps = (!overlay.upper.is_empty()).then(|| writable.to_path_buf());
             make_directories(writable, directories)?;
+            let mut upper = PathBuf::new();
             for (option, part, usual) in [
                 ("upperdir", &overlay.upper, "upper"),
                 ("workdir", &overlay.work, "work"),
@@ -139,6 +148,17 @@ impl Layers {
                 let path = writable.join(inside(part)?);
                 create(&path)?;
                 options.push_str(&format!(",{option}={}", path.display()));
+                if option == "upperdir" {
+                    upper = path;
+                }
+            }
+            options.push_str(WHOLE_INODES);
+            if !overlay.writable_disk.is_empty() {
+                let (own, below) = lowers.split_at(usize::from(overlay.own_lower_disk));
+                let layer = |serial: &&String| self.directory.join(serial);
+                let own = own.first().map(layer);
+                let begun = Changes::begin(upper.clone(), own, below.iter().map(layer).collect());
+                made.changes = Some(begun.map_err(Error::file("prepare", upper))?);
             }
         }
         let flags = if overlay.read_only {
@@ -167,6 +187,7 @@ impl Layers {
             create(&target)?;
             let mut layer = Assembled {
                 path: target.clone(),
+                changes: None,
                 mounts: vec![],
                 layers: vec![],
                 keeps: None,

@@ -13,6 +13,7 @@ use supermachine_protocol::{
 };
 
 use crate::bundle::check_id;
+use crate::changes::Changes;
 use crate::container::{Container, Workshop};
 use crate::error::Error;
 use crate::identity::{self, About};
@@ -54,6 +55,11 @@ impl Service {
             ))),
             None => Err(Error::not_found("container", id)),
         }
+    }
+
+    /// What a container that has exited wrote to its root.
+    pub(crate) fn changes(&self, id: &str) -> Result<Changes, Error> {
+        self.container(id)?.changes()
     }
 
     async fn create(self: Arc<Self>, request: CreateContainerRequest) -> Result<u32, Error> {

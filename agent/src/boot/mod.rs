@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::identity::{self, About};
 use crate::platform::{self, Guest};
 use crate::uevent::Uevents;
-use crate::{log, start, workshop};
+use crate::{changes, log, start, workshop};
 
 /// VMADDR_CID_ANY: whatever number the guest has.
 const ANY_CID: u32 = u32::MAX;
@@ -54,7 +54,8 @@ fn run(init: std::time::Duration) -> Result<(), Error> {
             listening: identity::uptime(),
         };
         let address = format!("vsock://{ANY_CID}:{AGENT_VSOCK_PORT}");
-        let _server = start(&address, workshop, about, Some(power_off)).await?;
+        let changes = changes::listen_on_vsock()?;
+        let _server = start(&address, changes, workshop, about, Some(power_off)).await?;
         // The host takes the opening itself for readiness: nothing may open the port before.
         log::use_port(platform::open(&port)?);
         tracing::info!(uptime = ?about.listening, "listening");

@@ -4,6 +4,7 @@ use nix::libc::{SIGKILL, SIGTERM};
 use serde_json::json;
 use supermachine_protocol::{FileContent, ResizePtyRequest, ttrpc};
 
+use crate::changes;
 use crate::harness::*;
 
 pub(crate) const ALL: &[Case] = &[
@@ -41,6 +42,16 @@ pub(crate) const ALL: &[Case] = &[
     ("nothing_is_left", nothing_is_left),
     ("other_versions_are_refused", other_versions_are_refused),
     ("limits", limits),
+    (
+        "nothing_written_is_no_change",
+        changes::nothing_written_is_no_change,
+    ),
+    ("changes_of_every_kind", changes::changes_of_every_kind),
+    ("deletions_and_renames", changes::deletions_and_renames),
+    (
+        "nobody_is_told_of_a_running_container",
+        changes::nobody_is_told_of_a_running_container,
+    ),
 ];
 
 fn sh(script: &str) -> [&str; 3] {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
@@ -121,7 +121,7 @@ fn set_up() {
 
 /// Busybox and nothing else, as an image would have it.
 fn make_image(root: &Path) {
-    for directory in ["bin", "etc", "tmp", "proc", "sys", "dev"] {
+    for directory in ["bin", "etc", "tmp", "proc", "sys", "dev", "run"] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
     fs::copy("/usr/bin/busybox", root.join("bin/busybox")).unwrap();
@@ -135,7 +135,15 @@ fn make_image(root: &Path) {
     .unwrap();
 }
 
-const APPLETS: [&str; 22] = [
+const APPLETS: [&str; 30] = [
+    "mkdir",
+    "chmod",
+    "chown",
+    "ln",
+    "mknod",
+    "mkfifo",
+    "rm",
+    "mv",
     "sh",
     "cat",
     "echo",
@@ -219,7 +227,7 @@ pub(crate) struct Machine {
     events: tokio::sync::Mutex<ttrpc::r#async::ClientStreamReceiver<protocol::Event>>,
     seen: Mutex<Vec<protocol::Event>>,
     _server: ttrpc::r#async::Server,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 /// The host's ends of a process's streams.
@@ -261,7 +269,10 @@ impl Machine {
         let directory = tempfile::tempdir_in("/run").unwrap();
         let address = format!("unix://{}/socket", directory.path().display());
         let fake = Fake::default();
-        let server = supermachine_agent::serve(&address, Box::new(fake.clone()), directory.path())
+        let changes = directory.path().join("changes");
+        let listener = UnixListener::bind(&changes).unwrap();
+        let platform = Box::new(fake.clone());
+        let server = supermachine_agent::serve(&address, platform, directory.path(), listener)
             .await
             .unwrap();
         let connection = ttrpc::r#async::Client::connect(&address).await.unwrap();
@@ -276,7 +287,7 @@ impl Machine {
             events: tokio::sync::Mutex::new(events),
             seen: Mutex::default(),
             _server: server,
-            _directory: directory,
+            directory,
         }
     }
 
@@ -394,14 +405,28 @@ impl Machine {
             .map(drop)
     }
 
+    /// Where the agent tells changes.
+    pub(crate) fn changes(&self) -> PathBuf {
+        self.directory.path().join("changes")
+    }
+
     /// Waits for a process's exit and returns its status.
     pub(crate) async fn exit(&self, id: &str, exec_id: &str) -> u32 {
+        self.exit_event(id, exec_id).await.status
+    }
+
+    /// Waits for a container's end and returns whether it has changed its root.
+    pub(crate) async fn changed(&self, id: &str) -> bool {
+        self.exit_event(id, "").await.changes
+    }
+
+    async fn exit_event(&self, id: &str, exec_id: &str) -> protocol::Exit {
         let wanted = |event: &protocol::Event| {
             event.has_exit() && event.exit().container_id == id && event.exit().exec_id == exec_id
         };
         loop {
             if let Some(event) = self.seen.lock().unwrap().iter().find(|event| wanted(event)) {
-                return event.exit().status;
+                return event.exit().clone();
             }
             let event = self.events.lock().await.recv().await.unwrap().unwrap();
             self.seen.lock().unwrap().push(event);

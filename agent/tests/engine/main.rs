@@ -11,6 +11,7 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 mod cases;
+mod changes;
 mod harness;
 mod roots;
 

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use super::wire::{MODE_MAX, NANOSECONDS, node, tag};
 use super::{
     Attributes, DATA_MAX, DEPTH_MAX, Limits, MAGIC, NodeKind, REASON_MAX, Record, TARGET_MAX,
-    VERSION, XATTR_BYTES_MAX, XATTRS_MAX,
+    VERSION, XATTR_BYTES_MAX, XATTRS_MAX, is_carried,
 };
 
 /// Why a stream is refused.
@@ -60,7 +60,8 @@ pub struct Decoder<R> {
     from: R,
     limits: Limits,
     stage: Stage,
-    depth: u32,
+    /// The last name in each directory that is open, the root's first.
+    names: Vec<Vec<u8>>,
     entries: u64,
     /// Of data alone, as `End` counts them.
     data_bytes: u64,
@@ -87,7 +88,7 @@ impl<R: Read> Decoder<R> {
             from,
             limits,
             stage: Stage::Header,
-            depth: 0,
+            names: vec![Vec::new()],
             entries: 0,
             data_bytes: 0,
             bytes: 0,
@@ -143,15 +144,16 @@ impl<R: Read> Decoder<R> {
         }
         let file = self.file.take();
         match tag {
-            tag::ROOT => Ok(Record::Root(self.attributes()?)),
+            tag::ROOT => Ok(Record::Root {
+                changed: self.flag("The changed flag of the root directory")?,
+                attributes: self.attributes()?,
+            }),
             tag::DIRECTORY => self.directory(),
-            tag::UP => match self.depth.checked_sub(1) {
-                Some(depth) => {
-                    self.depth = depth;
-                    Ok(Record::Up)
-                }
-                None => misplaced("in the root directory"),
-            },
+            tag::UP if self.depth() == 0 => misplaced("in the root directory"),
+            tag::UP => {
+                self.names.pop();
+                Ok(Record::Up)
+            }
             tag::FILE => {
                 let (name, shared) = (self.entry()?, self.shared()?);
                 let (attributes, size) = (self.attributes()?, self.u64()?);
@@ -208,8 +210,9 @@ impl<R: Read> Decoder<R> {
             }
             tag::WHITEOUT => Ok(Record::Whiteout {
                 name: self.entry()?,
+                below: self.flag("The below flag of a whiteout")?,
             }),
-            tag::END if self.depth > 0 => misplaced("below the root directory"),
+            tag::END if self.depth() > 0 => misplaced("below the root directory"),
             tag::END => self.end(),
             tag::FAILED => {
                 let length = usize::from(self.u16()?);
@@ -223,20 +226,26 @@ impl<R: Read> Decoder<R> {
         }
     }
 
+    fn depth(&self) -> usize {
+        self.names.len().saturating_sub(1)
+    }
+
     fn directory(&mut self) -> Result<Record, Error> {
         let most = self.limits.depth.min(DEPTH_MAX);
-        if self.depth >= most {
+        if self.depth() >= usize::try_from(most).unwrap_or(usize::MAX) {
             return Err(Error::Limit {
                 what: "directories within one another",
                 limit: u64::from(most),
             });
         }
-        self.depth += 1;
         let name = self.entry()?;
         let opaque = self.flag("The opaque flag of a directory")?;
+        let below = self.flag("The below flag of a directory")?;
+        self.names.push(Vec::new());
         Ok(Record::Directory {
             name,
             opaque,
+            below,
             attributes: self.attributes()?,
         })
     }
@@ -305,10 +314,22 @@ impl<R: Read> Decoder<R> {
         match name.as_slice() {
             b"" | b"." | b".." => {}
             name if name.contains(&b'/') || name.contains(&0) => {}
-            _ => return Ok(name),
+            _ => return self.ascending(name),
         }
         let expected = "one name, without \"/\" and NUL, and not \".\" or \"..\"";
         Err(field("The name of an entry", text(&name), expected))
+    }
+
+    /// The name, if it is above the last one in its directory.
+    fn ascending(&mut self, name: Vec<u8>) -> Result<Vec<u8>, Error> {
+        if let Some(last) = self.names.last_mut() {
+            if *last >= name {
+                let expected = "one above the last in its directory";
+                return Err(field("The name of an entry", text(&name), expected));
+            }
+            last.clone_from(&name);
+        }
+        Ok(name)
     }
 
     fn shared(&mut self) -> Result<bool, Error> {
@@ -350,9 +371,10 @@ impl<R: Read> Decoder<R> {
         for _ in 0..count {
             let length = usize::from(self.u8()?);
             let name = self.vec(length)?;
-            if name.is_empty() || name.contains(&0) {
+            if name.contains(&0) || !is_carried(&name) {
                 let what = "The name of an extended attribute";
-                return Err(field(what, text(&name), "one without NUL"));
+                let expected = "user.*, trusted.* but overlayfs's, a capability or an ACL";
+                return Err(field(what, text(&name), expected));
             }
             let length = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
             total = total.saturating_add(name.len()).saturating_add(length);

@@ -17,11 +17,12 @@ pub struct Encoder<W> {
 }
 
 impl<W: Write> Encoder<W> {
-    /// Begins a stream for a root directory with these attributes.
+    /// Begins a stream for a root directory with these attributes, which the container has `changed`
+    /// or not.
     ///
     /// # Errors
     /// It can't be written.
-    pub fn new(to: W, root: &Attributes) -> io::Result<Self> {
+    pub fn new(to: W, root: &Attributes, changed: bool) -> io::Result<Self> {
         let mut encoder = Self {
             to,
             entries: 0,
@@ -31,7 +32,7 @@ impl<W: Write> Encoder<W> {
         };
         encoder.to.write_all(&MAGIC)?;
         encoder.to.write_all(&VERSION.to_le_bytes())?;
-        encoder.buffer.push(tag::ROOT);
+        encoder.buffer.extend([tag::ROOT, u8::from(changed)]);
         encoder.attributes(root)?;
         encoder.flush_record()?;
         Ok(encoder)
@@ -48,9 +49,10 @@ impl<W: Write> Encoder<W> {
                 name,
                 attributes,
                 opaque,
+                below,
             } => {
                 self.begin(tag::DIRECTORY, name)?;
-                self.buffer.push(u8::from(*opaque));
+                self.buffer.extend([u8::from(*opaque), u8::from(*below)]);
                 self.attributes(attributes)?;
             }
             Record::Up => self.buffer.push(tag::UP),
@@ -92,14 +94,17 @@ impl<W: Write> Encoder<W> {
                 self.begin(tag::LINK, name)?;
                 self.buffer.extend(inode.to_le_bytes());
             }
-            Record::Whiteout { name } => self.begin(tag::WHITEOUT, name)?,
+            Record::Whiteout { name, below } => {
+                self.begin(tag::WHITEOUT, name)?;
+                self.buffer.push(u8::from(*below));
+            }
             Record::Failed { reason } => {
                 let reason = reason.get(..REASON_MAX).unwrap_or(reason);
                 self.buffer.push(tag::FAILED);
                 self.buffer.extend(short(reason.len())?);
                 self.buffer.extend_from_slice(reason);
             }
-            Record::Root(_) | Record::Data { .. } | Record::End { .. } => {
+            Record::Root { .. } | Record::Data { .. } | Record::End { .. } => {
                 return Err(invalid("a record that has a method of its own"));
             }
         }

@@ -4,7 +4,7 @@
 //! ([`ask`]); the agent answers with the upper directory of its overlay, as one header and records
 //! ([`Encoder`], [`Decoder`]). The stream is a walk of the tree: [`Record::Directory`] enters a
 //! directory and [`Record::Up`] leaves it, so that a name is never a path, and nothing in the
-//! stream can point out of the tree.
+//! stream can point out of the tree. Names in a directory ascend, so that none comes twice.
 //!
 //! ```text
 //! ask     := length u8, container id
@@ -47,8 +47,13 @@ pub const DEPTH_MAX: u32 = 2048;
 /// ".", "..", and without "/" and NUL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// The root directory's own attributes; comes first and once.
-    Root(Attributes),
+    /// The root directory; comes first and once.
+    Root {
+        /// Its attributes.
+        attributes: Attributes,
+        /// The container changed mode, owner or extended attributes.
+        changed: bool,
+    },
     /// Enters a directory.
     Directory {
         /// Its name.
@@ -57,6 +62,9 @@ pub enum Record {
         attributes: Attributes,
         /// What lies below it in lower layers is hidden.
         opaque: bool,
+        /// A layer below the snapshot's own has a directory of this name, which shows through unless
+        /// something hides it.
+        below: bool,
     },
     /// Leaves the directory entered last.
     Up,
@@ -107,10 +115,13 @@ pub enum Record {
         /// Which of the shared inodes so far, from 0.
         inode: u64,
     },
-    /// A name of a lower layer that is gone.
+    /// A name that is gone.
     Whiteout {
         /// The name.
         name: Vec<u8>,
+        /// A layer below the snapshot's own has it: it must stay hidden. Otherwise it was the
+        /// snapshot's, and there is nothing left to hide.
+        below: bool,
     },
     /// The stream is whole.
     End {
@@ -162,7 +173,7 @@ pub struct Attributes {
     pub mtime: i64,
     /// Nanoseconds of it, below 1 000 000 000.
     pub mtime_ns: u32,
-    /// Extended attributes: full names without NUL, and values.
+    /// Extended attributes: full names ([`is_carried`]), and values.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -175,6 +186,19 @@ pub struct Limits {
     pub bytes: u64,
     /// Directories within one another; above [`DEPTH_MAX`] it has no effect.
     pub depth: u32,
+}
+
+/// Whether an extended attribute of this name travels. Overlayfs's own marks don't, as a stream has
+/// words for them, nor do labels of security modules, which mean something on one machine alone.
+pub fn is_carried(xattr: &[u8]) -> bool {
+    const EXACTLY: [&[u8]; 3] = [
+        b"security.capability",
+        b"system.posix_acl_access",
+        b"system.posix_acl_default",
+    ];
+    EXACTLY.contains(&xattr)
+        || xattr.starts_with(b"user.")
+        || xattr.starts_with(b"trusted.") && !xattr.starts_with(b"trusted.overlay.")
 }
 
 /// Asks for the changes of a container.

@@ -1,6 +1,7 @@
+use std::collections::BTreeMap;
 use std::io::Cursor;
 
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
 use super::*;
@@ -35,7 +36,7 @@ fn decode(bytes: &[u8], limits: Limits) -> Result<Vec<Seen>, Error> {
 
 fn stream(work: impl FnOnce(&mut Encoder<&mut Vec<u8>>)) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let mut encoder = Encoder::new(&mut bytes, &Attributes::default()).unwrap();
+    let mut encoder = Encoder::new(&mut bytes, &Attributes::default(), false).unwrap();
     work(&mut encoder);
     encoder.finish().unwrap();
     bytes
@@ -44,6 +45,7 @@ fn stream(work: impl FnOnce(&mut Encoder<&mut Vec<u8>>)) -> Vec<u8> {
 fn whiteout(name: &[u8]) -> Record {
     Record::Whiteout {
         name: name.to_vec(),
+        below: true,
     }
 }
 
@@ -52,6 +54,7 @@ fn directory(name: &[u8]) -> Record {
         name: name.to_vec(),
         attributes: Attributes::default(),
         opaque: false,
+        below: true,
     }
 }
 
@@ -80,7 +83,10 @@ fn an_empty_stream_is_one() {
         entries: 0,
         bytes: 0,
     };
-    let root = Record::Root(Attributes::default());
+    let root = Record::Root {
+        attributes: Attributes::default(),
+        changed: false,
+    };
     assert_eq!(seen, [Seen::Record(root), Seen::Record(end)]);
 }
 
@@ -97,6 +103,37 @@ fn names_that_are_paths_are_refused() {
 }
 
 #[test]
+fn no_name_comes_twice() {
+    let decoded = |names: &[&[u8]]| {
+        let bytes = stream(|encoder| {
+            for name in names {
+                encoder.record(&whiteout(name)).unwrap();
+            }
+        });
+        decode(&bytes, LIMITS)
+    };
+    decoded(&[b"a", b"aa", b"b", b"\xff"]).unwrap();
+    for names in [[b"a", b"a"], [b"b", b"a"]] {
+        let error = decoded(&[names[0], names[1]]).unwrap_err();
+        assert!(error.to_string().contains("above the last"), "{error}");
+    }
+    // Each directory has an order of its own.
+    let bytes = stream(|encoder| {
+        for record in [
+            directory(b"b"),
+            whiteout(b"a"),
+            Record::Up,
+            directory(b"c"),
+            whiteout(b"a"),
+            Record::Up,
+        ] {
+            encoder.record(&record).unwrap();
+        }
+    });
+    decode(&bytes, LIMITS).unwrap();
+}
+
+#[test]
 fn order_is_held() {
     let misplaced = |work: &dyn Fn(&mut Encoder<&mut Vec<u8>>)| {
         let error = decode(&stream(work), LIMITS).unwrap_err();
@@ -107,7 +144,7 @@ fn order_is_held() {
     misplaced(&|encoder| encoder.record(&directory(b"not left")).unwrap());
     misplaced(&|encoder| {
         encoder.record(&file(4, false)).unwrap();
-        encoder.record(&whiteout(b"between")).unwrap();
+        encoder.record(&whiteout(b"further")).unwrap();
         encoder.data(0, b"x").unwrap();
     });
 }
@@ -189,7 +226,7 @@ fn attributes_are_checked() {
         let mut attributes = Attributes::default();
         change(&mut attributes);
         let mut bytes = Vec::new();
-        let encoder = Encoder::new(&mut bytes, &attributes).unwrap();
+        let encoder = Encoder::new(&mut bytes, &attributes, false).unwrap();
         encoder.finish().unwrap();
         let error = decode(&bytes, LIMITS).unwrap_err();
         assert!(matches!(error, Error::Field { .. }), "{error}");
@@ -199,7 +236,17 @@ fn attributes_are_checked() {
     wrong(&|it| it.gid = u32::MAX);
     wrong(&|it| it.mtime_ns = 1_000_000_000);
     wrong(&|it| it.xattrs = vec![(Vec::new(), Vec::new())]);
-    wrong(&|it| it.xattrs = vec![(b"user.a\0".to_vec(), Vec::new())]);
+    for name in [
+        "user.a\0",
+        "trusted.overlay.opaque",
+        "trusted.overlay.redirect",
+        "security.selinux",
+        "security.ima",
+        "system.other",
+        "other",
+    ] {
+        wrong(&|it| it.xattrs = vec![(name.into(), Vec::new())]);
+    }
     wrong(&|it| it.xattrs = vec![(b"user.a".to_vec(), Vec::new()); XATTRS_MAX + 1]);
     wrong(&|it| it.xattrs = vec![(b"user.a".to_vec(), vec![0; XATTR_BYTES_MAX])]);
 }
@@ -242,13 +289,13 @@ fn whiteouts_are_no_devices() {
 #[test]
 fn a_failure_ends_the_stream() {
     let mut bytes = Vec::new();
-    let encoder = Encoder::new(&mut bytes, &Attributes::default()).unwrap();
+    let encoder = Encoder::new(&mut bytes, &Attributes::default(), false).unwrap();
     encoder.fail(&"why ".repeat(1000)).unwrap();
     bytes.extend(b"more");
     let seen = decode(&bytes, LIMITS).unwrap();
     assert!(matches!(
         &seen[..],
-        [Seen::Record(Record::Root(_)), Seen::Record(Record::Failed { reason })]
+        [Seen::Record(Record::Root { .. }), Seen::Record(Record::Failed { reason })]
             if reason.len() == REASON_MAX
     ));
 }
@@ -260,7 +307,8 @@ fn name() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn attributes() -> impl Strategy<Value = Attributes> {
-    let xattr = (vec(1..=u8::MAX, 1..=20), vec(any::<u8>(), 0..100));
+    let xattr = (vec(1..=u8::MAX, 1..=20), vec(any::<u8>(), 0..100))
+        .prop_map(|(name, value)| ([b"user.".to_vec(), name].concat(), value));
     (
         0..=0o7777_u16,
         0..u32::MAX,
@@ -294,7 +342,7 @@ fn kind() -> impl Strategy<Value = NodeKind> {
 fn entry() -> impl Strategy<Value = Record> {
     let target = vec(1..=u8::MAX, 1..200);
     prop_oneof![
-        name().prop_map(|name| Record::Whiteout { name }),
+        (name(), any::<bool>()).prop_map(|(name, below)| Record::Whiteout { name, below }),
         (name(), attributes(), any::<bool>(), target).prop_map(
             |(name, attributes, shared, target)| Record::Symlink {
                 name,
@@ -322,19 +370,42 @@ fn entry() -> impl Strategy<Value = Record> {
     ]
 }
 
+fn name_of(record: &Record) -> Vec<u8> {
+    match record {
+        Record::Whiteout { name, .. }
+        | Record::Symlink { name, .. }
+        | Record::Node { name, .. }
+        | Record::File { name, .. } => name.clone(),
+        other => panic!("{other:?} has no name"),
+    }
+}
+
+/// Entries in the order of their names, each name once.
+fn entries() -> impl Strategy<Value = Vec<Record>> {
+    vec(entry(), 0..5).prop_map(|entries| {
+        let by_name: BTreeMap<_, _> = entries.into_iter().map(|it| (name_of(&it), it)).collect();
+        by_name.into_values().collect()
+    })
+}
+
 proptest! {
     #[test]
     fn what_is_written_is_read(
         root in attributes(),
-        directories in vec((name(), attributes(), any::<bool>(), vec(entry(), 0..5)), 0..5),
+        changed in any::<bool>(),
+        directories in btree_map(
+            name(),
+            (attributes(), any::<bool>(), any::<bool>(), entries()),
+            0..5,
+        ),
         data in vec(any::<u8>(), 1..1000),
         cut in any::<prop::sample::Index>(),
     ) {
         let mut bytes = Vec::new();
-        let mut encoder = Encoder::new(&mut bytes, &root).unwrap();
-        let mut expected = vec![Seen::Record(Record::Root(root))];
-        for (name, attributes, opaque, entries) in directories {
-            let directory = Record::Directory { name, attributes, opaque };
+        let mut encoder = Encoder::new(&mut bytes, &root, changed).unwrap();
+        let mut expected = vec![Seen::Record(Record::Root { attributes: root, changed })];
+        for (name, (attributes, opaque, below, entries)) in directories {
+            let directory = Record::Directory { name, attributes, opaque, below };
             encoder.record(&directory).unwrap();
             expected.push(Seen::Record(directory));
             for entry in entries {
@@ -368,7 +439,7 @@ proptest! {
         let mut entries = 0;
         let mut decoder = Decoder::new(Cursor::new(&stream), LIMITS);
         while let Ok(Some(record)) = decoder.next_record() {
-            if let Record::Directory { name, .. } | Record::Whiteout { name } = &record {
+            if let Record::Directory { name, .. } | Record::Whiteout { name, .. } = &record {
                 entries += 1;
                 prop_assert!(!name.contains(&b'/') && !name.is_empty() && name != b"..");
             }
