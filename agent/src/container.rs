@@ -221,13 +221,11 @@ impl Container {
             .unwrap_or_default();
         self.oom.check(&self.workshop.events);
         process.set_exited();
-        if exec_id.is_empty() {
-            self.bundle.write_out().await;
-        }
         let now = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
-        // What runs on without an init process would write on.
         let changes = exec_id.is_empty() && {
+            // What runs on without an init process would write on.
             self.cgroup.kill().await;
+            self.bundle.write_out().await;
             self.bundle.changes().is_some_and(|changes| changes.exist())
         };
         let events = &self.workshop.events;

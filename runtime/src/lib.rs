@@ -14,6 +14,7 @@ use std::process::ExitCode;
 
 pub mod acquire;
 mod agent;
+pub mod changes;
 pub mod check;
 pub mod config;
 pub mod events;
@@ -26,10 +27,11 @@ pub mod request;
 pub mod sandbox;
 mod virtualization;
 
-/// Runs a virtual machine if this process was executed to be one, and then answers its exit status.
+/// Runs a process of the runtime's if this program was executed to be one, a virtual machine or the
+/// writer of a container's changes, and then answers its exit status.
 ///
 /// A program that has a [`sandbox::Sandbox`] calls this first in its `main`, before any thread
 /// exists and any file is open.
-pub fn vmm_child() -> Option<ExitCode> {
-    supermachine_vmm::child::main()
+pub fn child() -> Option<ExitCode> {
+    supermachine_vmm::child::main().or_else(changes::child)
 }

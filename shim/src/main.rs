@@ -1,8 +1,9 @@
 //! `containerd-shim-supermachine-v2`: containerd's Task API, each container in a microVM.
 //!
-//! One binary is three programs: what containerd runs to start or clean up a container
-//! ([`start`], [`delete`]), the daemon that serves one container ([`daemon`]), and, re-executed by
-//! the runtime, the process that is the virtual machine.
+//! One binary is four programs: what containerd runs to start or clean up a container ([`start`],
+//! [`delete`]), the daemon that serves one container ([`daemon`]), and, re-executed by the runtime,
+//! the process that is the virtual machine and the one that writes what the container wrote into its
+//! snapshot.
 
 #![forbid(unsafe_code)]
 
@@ -20,8 +21,8 @@ use std::process::ExitCode;
 use args::{Args, Command};
 
 fn main() -> ExitCode {
-    // First of all, while there is one thread and nothing is open: this may be the VM's process.
-    if let Some(code) = supermachine_runtime::vmm_child() {
+    // First of all, while there is one thread and nothing is open: this may be a process of the runtime's.
+    if let Some(code) = supermachine_runtime::child() {
         return code;
     }
     let result = Args::parse(std::env::args().skip(1)).and_then(|args| match args.command {

@@ -163,6 +163,20 @@ impl Run<'_> {
         finished
     }
 
+    /// Runs it to its end, and keeps it and its snapshot.
+    ///
+    /// # Errors
+    /// It didn't end in time.
+    pub fn keep(self, program: &[&str]) -> Result<(Finished, Kept)> {
+        let guard = Guard {
+            host: self.host.clone(),
+            id: self.id.clone(),
+        };
+        let command = self.command(&[], program);
+        let finished = Program::start(command, self.host.deadline)?.finish()?;
+        Ok((finished, Kept { guard }))
+    }
+
     /// Starts it and stays connected to its streams.
     ///
     /// # Errors
@@ -249,6 +263,28 @@ impl Running {
     /// It didn't end in time.
     pub fn finish(mut self) -> Result<Finished> {
         self.program.take().context("no program")?.finish()
+    }
+}
+
+/// A container that has stopped.
+#[derive(Debug)]
+pub struct Kept {
+    guard: Guard,
+}
+
+impl Kept {
+    /// The container's name.
+    pub fn id(&self) -> &str {
+        &self.guard.id
+    }
+
+    /// Runs its program once more, to its end.
+    ///
+    /// # Errors
+    /// It didn't end in time.
+    pub fn start_again(&self) -> Result<Finished> {
+        let host = &self.guard.host;
+        Program::start(host.command(&["tasks", "start", self.id()]), host.deadline)?.finish()
     }
 }
 

@@ -57,7 +57,7 @@ type Error = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
     // `check` tries out how a machine's process would be confined.
-    if let Some(code) = supermachine_runtime::vmm_child() {
+    if let Some(code) = supermachine_runtime::child() {
         return code;
     }
     let arguments = Arguments::parse();

@@ -115,7 +115,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks at this host, from a program whose `main` calls [`vmm_child`](crate::vmm_child) first.
+/// Looks at this host, from a program whose `main` calls [`child`](crate::child) first.
 /// `containerd` names the binary to ask; without it, those that run are
 /// asked, or the one on the PATH.
 pub fn run(config: &Resolved, containerd: Option<PathBuf>) -> Report {

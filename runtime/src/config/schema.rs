@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use supermachine_vmm::jail::{Policy, Seccomp};
 
 use super::value::{
-    AbsolutePath, Digest, FirstId, Layers, Level, MemorySize, Ports, SeccompMode, Setting, Size,
-    Time, Vcpus,
+    AbsolutePath, Digest, Entries, FirstId, Layers, Level, MemorySize, Ports, SeccompMode, Setting,
+    Size, Time, Vcpus,
 };
 
 /// From one table of keys: the types as written and as resolved, the defaults,
@@ -156,6 +156,14 @@ schema! {
         /// Where the files behind the writable layers are. They have no name there while in use, and are
         /// gone with the machine, however it ends.
         directory: AbsolutePath = path("/var/lib/supermachine/writable");
+    }
+
+    /// What a container wrote, when it has stopped: it goes to its snapshot, for commits and comparisons.
+    changes: Changes / WrittenChanges {
+        /// The most names a container may have written; one that has more loses what it wrote.
+        entries: Entries = Entries(1_000_000);
+        /// How long the guest may take to tell them. The end of the container is told afterwards.
+        time: Time = seconds(300);
     }
 
     /// EROFS images of image layers, made once and kept for the next container.

@@ -61,7 +61,7 @@ fn a_layer_that_does_not_exist_names_those_that_do() {
 
 #[test]
 fn unknown_section_is_refused() {
-    expect!["/etc/supermachine/config.toml, line 1: virtual is not a known key; expected one of `kernel`, `vm`, `rootfs`, `images`, `console`, `jail`, `timeouts`, `log`, `state`"].assert_eq(&error_of("[virtual]\nvcpus = 2\n"));
+    expect!["/etc/supermachine/config.toml, line 1: virtual is not a known key; expected one of `kernel`, `vm`, `rootfs`, `changes`, `images`, `console`, `jail`, `timeouts`, `log`, `state`"].assert_eq(&error_of("[virtual]\nvcpus = 2\n"));
 }
 
 #[test]

@@ -243,6 +243,18 @@ impl Vcpus {
 
 from_integer!(Vcpus, u32, 1, Vcpus::MAX, "a number of vCPUs from 1 to 64");
 
+/// A number of files, directories and other names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entries(pub u64);
+
+from_integer!(
+    Entries,
+    u64,
+    1000,
+    1_000_000_000,
+    "a number from 1000 to 1000000000"
+);
+
 /// A number of console ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ports(pub u32);

@@ -34,6 +34,8 @@ pub enum Entry {
     Directory { path: PathBuf },
     /// A file, socket or fifo.
     File { path: PathBuf },
+    /// A directory that only a process listed after it writes to, with all that is in it.
+    Tree { path: PathBuf },
     /// A process, killed. The start time ([`start_time`]) tells it from a later one of its number.
     Child { pid: u32, start_time: u64 },
     /// A process that ends by itself once the sandbox has; killed only if it takes too long.

@@ -25,6 +25,9 @@ pub(super) fn undo(entry: &Entry) -> Result<(), String> {
         Entry::File { path } => {
             absent_is_fine(std::fs::remove_file(path)).map_err(|error| named(path, &error))
         }
+        Entry::Tree { path } => {
+            absent_is_fine(std::fs::remove_dir_all(path)).map_err(|error| named(path, &error))
+        }
         Entry::Child { pid, start_time } => end_process(*pid, *start_time, Duration::ZERO)
             .map_err(|error| format!("process {pid}: {error}")),
         Entry::Logger { pid, start_time } => end_process(*pid, *start_time, LOGGING)

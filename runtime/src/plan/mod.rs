@@ -29,7 +29,9 @@ pub use update::{MachineSize, Update, update};
 
 pub(crate) use template::split_layers;
 
-pub use rootfs::{Disk, IMAGES_MAX, Image, MakeExt4, NamedImage, NewDirectory, Rootfs, Source};
+pub use rootfs::{
+    Changes, Disk, IMAGES_MAX, Image, MakeExt4, NamedImage, NewDirectory, Rootfs, Source,
+};
 
 /// Why a request can't be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,8 @@ pub struct Plan {
     pub files: Vec<HostFile>,
     /// What the host runs around the container's life.
     pub hooks: Hooks,
+    /// Where what it wrote goes.
+    pub changes: Option<Changes>,
     /// The container's host name, which the machine gets as well.
     pub hostname: Option<String>,
     /// Which streams the container's first process has.
@@ -172,6 +176,7 @@ pub fn plan(
         rootfs: layout.rootfs,
         files,
         hooks: hooks::build(spec)?,
+        changes: layout.changes,
         hostname: spec.hostname().clone(),
         stdio: Streams {
             terminal: create.stdio.terminal,

@@ -82,11 +82,24 @@ pub struct MakeExt4 {
     pub uuid: Option<String>,
 }
 
+/// Where what the container wrote goes when it has stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Changes {
+    /// The snapshot's own directory.
+    pub directory: PathBuf,
+    /// It is the upper one of an overlay, in which deletions are marked.
+    pub overlay: bool,
+    /// The most bytes there can be.
+    pub most: u64,
+}
+
 /// Which disks make the root, by serial, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Rootfs {
     /// Topmost first; none if the root is the writable disk itself.
     pub lower: Vec<String>,
+    /// The first of them is what the snapshot's own directory held before.
+    pub own: bool,
     /// Without one, what is written stays in the guest's memory.
     pub writable: Option<String>,
     /// The directory of the writable disk that is the root, or an overlay's upper one; empty for
@@ -127,6 +140,7 @@ impl From<&Rootfs> for ProtocolRootfs {
         } else {
             let mut overlay = OverlayRootfs::new();
             overlay.lower_disks.clone_from(&rootfs.lower);
+            overlay.own_lower_disk = rootfs.own;
             overlay.writable_disk = writable;
             overlay.upper.clone_from(&rootfs.directory);
             overlay.work.clone_from(&rootfs.work);
@@ -149,6 +163,8 @@ impl From<&Rootfs> for ProtocolRootfs {
 pub(super) struct Layout {
     pub(super) disks: Vec<Disk>,
     pub(super) rootfs: Rootfs,
+    /// None if nothing can be written, or nothing of it is to be kept.
+    pub(super) changes: Option<Changes>,
     /// The container can't write to its root, whether by its own choice or the snapshot's.
     pub(super) read_only: bool,
 }
@@ -186,6 +202,7 @@ fn whole(disk: snapshot::Disk, directory: String, read_only: bool, wished: bool)
     Layout {
         rootfs: Rootfs {
             lower: Vec::new(),
+            own: false,
             writable: Some(serial.clone()),
             directory,
             work: String::new(),
@@ -193,6 +210,7 @@ fn whole(disk: snapshot::Disk, directory: String, read_only: bool, wished: bool)
             new_directories: disk.directories.clone(),
         },
         disks: vec![own_disk(serial, disk, read_only)],
+        changes: None,
         read_only: read_only || wished,
     }
 }
@@ -215,6 +233,14 @@ fn stack(
     facts: &HostFacts,
     config: &Resolved,
 ) -> Result<Layout, Error> {
+    let changes = match (&upper, layers.first()) {
+        _ if read_only => None,
+        (Upper::Directory(directory), _) => Some((directory.clone(), true)),
+        (Upper::None, Some(Layer::Directory { path, may_change })) if *may_change => {
+            Some((path.clone(), false))
+        }
+        _ => None,
+    };
     let mut images = Vec::new();
     if let Upper::Directory(directory) = &upper
         && facts.upper_in_use
@@ -226,8 +252,10 @@ fn stack(
     images.extend(layer_images(layers, most)?);
     let lower = names(images.len());
     let mut disks = layer_disks(images);
+    let overlay = changes.as_ref().is_some_and(|(_, overlay)| *overlay);
     let mut rootfs = Rootfs {
         lower,
+        own: changes.is_some() && (!overlay || facts.upper_in_use),
         writable: None,
         directory: String::new(),
         work: String::new(),
@@ -258,6 +286,11 @@ fn stack(
     Ok(Layout {
         disks,
         rootfs,
+        changes: changes.map(|(directory, overlay)| Changes {
+            directory,
+            overlay,
+            most: config.rootfs.writable_size.0,
+        }),
         read_only,
     })
 }

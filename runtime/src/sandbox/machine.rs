@@ -61,6 +61,10 @@ pub(super) trait Machine: Send + Sync {
     /// A connection to the agent, which listens already.
     async fn dial_agent(&self) -> Result<UnixStream, Error>;
 
+    /// Has the guest tell what a container wrote, and puts it into the container's snapshot. Returns
+    /// within the time that the configuration gives, whatever the guest does.
+    async fn save_changes(&self, container_id: &str) -> Result<(), Error>;
+
     /// How large it is.
     fn size(&self) -> MachineSize;
 

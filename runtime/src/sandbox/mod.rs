@@ -7,6 +7,7 @@
 //!
 //! The pid told to callers is that of the machine's process: there is no other on the host.
 
+mod changes;
 mod create;
 mod error;
 mod guest_log;

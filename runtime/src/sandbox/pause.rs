@@ -84,11 +84,15 @@ impl Sandbox {
     /// what the machine refuses: then it runs on.
     pub async fn pause(&self, id: &str) -> Result<(), Error> {
         let vm = self.inner.with(id, |container| {
+            let ended = container.entry("")?.process.has_ended();
             match (container.status("")?, &container.pause) {
                 (Status::Created, _) => Err(Error::state("cannot pause task in created state")),
                 (Status::Stopped, _) => Err(Error::state("cannot pause a stopped container")),
                 (Status::Paused, _) => Err(Error::state("cannot pause a paused container")),
                 (Status::Running, Pause::Changing) => Err(changing()),
+                (Status::Running, _) if ended => {
+                    Err(Error::state("cannot pause a container that has ended"))
+                }
                 (Status::Running, _) => {
                     container.pause = Pause::Changing;
                     Ok(container.vm.clone())

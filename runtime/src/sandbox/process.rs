@@ -45,6 +45,8 @@ pub(super) struct Process {
     reported: Option<Exit>,
     /// Ports whose output has not all been delivered yet.
     draining: BTreeSet<u32>,
+    /// What it wrote is on its way to its snapshot.
+    saving: bool,
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -65,6 +67,7 @@ impl Process {
             stage,
             reported: None,
             draining: BTreeSet::new(),
+            saving: false,
             exit: watch::Sender::new(None),
         }
     }
@@ -124,9 +127,26 @@ impl Process {
         self.stop(self.reported.unwrap_or(unknown))
     }
 
-    /// The guest reaped it.
-    pub(super) fn exited(&mut self, exit: Exit) {
+    /// The guest reaped it. Whether that is news.
+    pub(super) fn exited(&mut self, exit: Exit) -> bool {
+        let news = self.reported.is_none();
         self.reported.get_or_insert(exit);
+        news
+    }
+
+    /// Whether its end is known, public or not.
+    pub(super) fn has_ended(&self) -> bool {
+        self.reported.is_some()
+    }
+
+    /// The exit waits for what it wrote to be saved, whatever becomes of the machine meanwhile.
+    pub(super) fn saving(&mut self) {
+        self.saving = true;
+    }
+
+    /// What it wrote is saved, or lost.
+    pub(super) fn saved(&mut self) {
+        self.saving = false;
     }
 
     /// Everything written to the port has been delivered.
@@ -152,8 +172,9 @@ impl Process {
 
     /// Makes the exit public when everything that must come before it has: answers it exactly once.
     pub(super) fn settle(&mut self) -> Option<Exit> {
-        let ready =
-            matches!(self.stage, Stage::Created | Stage::Running) && self.draining.is_empty();
+        let ready = matches!(self.stage, Stage::Created | Stage::Running)
+            && self.draining.is_empty()
+            && !self.saving;
         match self.reported {
             Some(exit) if ready => Some(self.stop(exit)),
             _ => None,

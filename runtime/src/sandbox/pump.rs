@@ -117,19 +117,44 @@ impl Inner {
             status: report.status.min(super::STATUS_UNKNOWN),
         };
         let (id, exec_id) = (&report.container_id, &report.exec_id);
-        let draining = self.with_process(id, exec_id, |entry, _| {
-            entry.process.exited(exit);
-            Ok(entry.process.is_draining())
+        let reported = self.with_process(id, exec_id, |entry, vm| {
+            let save = entry.process.exited(exit) && report.changes && exec_id.is_empty();
+            if save {
+                entry.process.saving();
+            }
+            Ok((entry.process.is_draining(), save.then(|| vm.clone())))
         });
-        match draining {
-            Ok(true) => self.bound_drain(id.clone(), exec_id.clone()),
-            Ok(false) => {}
+        match reported {
+            Ok((draining, save)) => {
+                if draining {
+                    self.bound_drain(id.clone(), exec_id.clone());
+                }
+                if let Some(vm) = save {
+                    self.save_changes(vm, id.clone());
+                }
+            }
             Err(_) => {
                 let exec_id = agent::clean(exec_id);
                 tracing::warn!(exec_id, "the guest reports the exit of an unknown process");
             }
         }
         self.settle(id, exec_id);
+    }
+
+    /// Lets the exit of a container wait until what it wrote is in its snapshot.
+    fn save_changes(self: &Arc<Self>, vm: Vm, id: String) {
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = vm.machine.save_changes(&id).await {
+                let error = error.chain();
+                tracing::error!(id, error, "what the container wrote is not in its snapshot");
+            }
+            let _ = inner.with_process(&id, "", |entry, _| {
+                entry.process.saved();
+                Ok(())
+            });
+            inner.settle(&id, "");
+        });
     }
 
     /// Output that nobody takes must not hide an exit for ever.

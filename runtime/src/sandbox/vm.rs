@@ -20,6 +20,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::watch;
 
+use super::changes::Saving;
 use super::error::Error;
 use super::guest_log::GuestLog;
 use super::machine::{Ending, Event, GuestContainer, Launched, Launcher, Machine, Timeouts};
@@ -138,6 +139,8 @@ impl Launcher for VmLauncher {
         let socket = prepared.ledger.directory().join(VSOCK);
         let guest = prepared.guest_container()?;
         let hooks = prepared.hooks.clone();
+        let changes = prepared.plan.changes.clone();
+        let saving = changes.map(|changes| Saving::new(changes, request, &self.config));
         let (log, serial, agent_log) = GuestLog::start()?;
         let limit = self.config.timeouts.boot.0;
         let max_ports = last_port(&self.config) + 1;
@@ -168,6 +171,7 @@ impl Launcher for VmLauncher {
                 requests: Semaphore::new(REQUESTS),
                 size,
                 cgroup,
+                saving,
             })
         });
         Ok(Launched {
@@ -293,7 +297,7 @@ fn boot_spec(
 }
 
 /// A machine that runs in a process of its own.
-struct Vmm {
+pub(super) struct Vmm {
     process: Arc<VmHandle>,
     /// Undone at release; by its drop if it never comes to that.
     ledger: Mutex<Option<Ledger>>,
@@ -302,9 +306,34 @@ struct Vmm {
     requests: Semaphore,
     size: MachineSize,
     cgroup: Option<Arc<HostCgroup>>,
+    /// None if nothing that the container writes is to be kept.
+    saving: Option<Saving>,
 }
 
 impl Vmm {
+    /// Where its vsock is reached.
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Writes down what is about to be acquired for it.
+    pub(super) fn record(&self, entry: Entry) -> Result<(), Error> {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        match ledger.as_mut() {
+            Some(ledger) => Ok(ledger.record(entry)?),
+            // It was released.
+            None => Err(machine_error("recording", io::Error::other("it is gone"))),
+        }
+    }
+
+    /// Books a process of ours that works for it and ends by itself.
+    pub(super) fn adopt_child(&self, pid: u32) -> Result<(), Error> {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.add(pid);
+        }
+        self.adopt(pid)
+    }
+
     /// Makes a request of the process, when it is its turn.
     async fn request(
         &self,
@@ -363,6 +392,13 @@ impl Machine for Vmm {
                 during: "connecting to it",
                 text: source.to_string(),
             })
+    }
+
+    async fn save_changes(&self, container_id: &str) -> Result<(), Error> {
+        match self.saving.clone() {
+            Some(saving) => saving.save(self, container_id).await,
+            None => Ok(()),
+        }
     }
 
     fn size(&self) -> MachineSize {
@@ -451,7 +487,7 @@ pub(super) async fn blocking<T: Send + 'static>(
         .unwrap_or_else(|error| Err(machine_error(what, error)))
 }
 
-fn machine_error(
+pub(super) fn machine_error(
     what: &'static str,
     source: impl std::error::Error + Send + Sync + 'static,
 ) -> Error {

@@ -46,7 +46,8 @@ pub(super) fn enter_user_namespace() -> Result<(), Refused> {
     unshare(CloneFlags::CLONE_NEWUSER).map_err(step("unshare(CLONE_NEWUSER)"))
 }
 
-pub(super) fn drop_capabilities() -> Result<(), Refused> {
+/// Drops all capabilities but these.
+pub(super) fn keep_capabilities(keep: CapabilitySet) -> Result<(), Refused> {
     for bit in 0..u64::BITS {
         match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
             Ok(()) => {}
@@ -58,10 +59,11 @@ pub(super) fn drop_capabilities() -> Result<(), Refused> {
         }
     }
     clear_ambient_capability_set().map_err(step("clear the ambient set"))?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
+    let kept = capabilities(None).map_err(step("read capabilities"))?;
+    let kept = CapabilitySets {
+        effective: kept.effective & keep,
+        permitted: kept.permitted & keep,
         inheritable: CapabilitySet::empty(),
     };
-    set_capabilities(None, none).map_err(step("drop capabilities"))
+    set_capabilities(None, kept).map_err(step("drop capabilities"))
 }

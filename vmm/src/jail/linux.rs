@@ -16,7 +16,7 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior,
     set_parent_process_death_signal, setrlimit,
 };
-use rustix::thread::set_no_new_privs;
+use rustix::thread::{CapabilitySet, set_no_new_privs};
 
 use super::{
     Filter, JailError, Layer, Missing, Policy, Refused, ids, landlock, root, seccomp, step,
@@ -55,6 +55,36 @@ pub fn close_inherited() -> Result<(), JailError> {
 /// The host lacks a layer that `policy` asks for, or refuses what any host allows. The process must
 /// end then: it is half confined.
 pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
+    confine(policy, filter, None)
+}
+
+/// What a process keeps that works on files which belong to others.
+#[derive(Debug, Clone, Copy)]
+pub struct Keep<'a> {
+    /// Capabilities, as far as it has them. They hold for the host's files: it gets no user
+    /// namespace.
+    pub capabilities: CapabilitySet,
+    /// Directories beneath which it may do everything but execute.
+    pub beneath: &'a [BorrowedFd<'a>],
+}
+
+/// As [`enter`], for a process that keeps something, and that may outlive its parent.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_keeping(
+    policy: &Policy,
+    filter: &Filter,
+    keep: &Keep<'_>,
+) -> Result<Vec<Missing>, JailError> {
+    confine(policy, filter, Some(keep))
+}
+
+fn confine(
+    policy: &Policy,
+    filter: &Filter,
+    keep: Option<&Keep<'_>>,
+) -> Result<Vec<Missing>, JailError> {
     forbid_privileges_and_dumps().map_err(JailError::Step)?;
     let mut walls = Walls {
         policy,
@@ -81,11 +111,19 @@ pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError
         lower(Resource::Nproc, MAX_THREADS)
             .map_err(|errno| JailError::Step(step("limit threads")(errno)))?;
     }
-    walls.raise(Layer::UserNamespace, ids::enter_user_namespace())?;
-    ids::drop_capabilities().map_err(JailError::Step)?;
+    if keep.is_none() {
+        walls.raise(Layer::UserNamespace, ids::enter_user_namespace())?;
+    }
+    let capabilities = keep.map_or(CapabilitySet::empty(), |keep| keep.capabilities);
+    ids::keep_capabilities(capabilities).map_err(JailError::Step)?;
     // After the credentials: a change of them resets both (prctl(2)).
-    follow_the_parent().map_err(JailError::Step)?;
-    walls.raise(Layer::Landlock, landlock::forbid_all())?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|errno| JailError::Step(step("forbid core dumps")(errno)))?;
+    if keep.is_none() {
+        follow_the_parent().map_err(JailError::Step)?;
+    }
+    let beneath = keep.map_or(&[][..], |keep| keep.beneath);
+    walls.raise(Layer::Landlock, landlock::forbid_all_but(beneath))?;
     walls.raise(Layer::Seccomp, seccomp::begin(policy.seccomp, filter))?;
     Ok(walls.missing)
 }
@@ -147,7 +185,6 @@ fn forbid_privileges_and_dumps() -> Result<(), Refused> {
 }
 
 fn follow_the_parent() -> Result<(), Refused> {
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))?;
     // The second belt: the first is the end of the control socket.
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("follow the parent"))
 }

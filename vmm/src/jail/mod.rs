@@ -40,9 +40,11 @@ pub use filter::{
     absent, allow, allow_if,
 };
 #[cfg(target_os = "linux")]
-pub use linux::{close_inherited, enter, spawn_apart};
+pub use linux::{Keep, close_inherited, enter, enter_keeping, spawn_apart};
 #[cfg(target_os = "linux")]
 pub(crate) use seccomp::call_name;
+
+pub use crate::sys::threads::EVERY;
 
 /// One wall around the process. What needs no help of the host (no new privileges, no
 /// capabilities, no core dumps, limits) isn't listed: it holds everywhere.

@@ -15,7 +15,7 @@ pub(crate) fn builder(name: impl Into<String>) -> thread::Builder {
 }
 
 /// What every thread does, whatever else it is for: memory, locks, the clock, its own end.
-pub(crate) const EVERY: &[Rule] = &[
+pub const EVERY: &[Rule] = &[
     allow(calls::SYS_brk),
     allow_if(calls::SYS_mmap, &[When::Masked(2, EXEC, 0)]),
     allow_if(calls::SYS_mprotect, &[When::Masked(2, EXEC, 0)]),

@@ -129,6 +129,7 @@ fn a_blockfile_is_the_disk() {
             }
           },
           "rootfs": {
+            "own": false,
             "writable": "writable-0"
           }
         }"#]]
@@ -270,6 +271,7 @@ fn templates_make_a_writable_disk() {
                 "uid": 7
               }
             ],
+            "own": false,
             "work": "work",
             "writable": "writable-0"
           }

@@ -1,5 +1,6 @@
 //! The Task API's rules, without containerd and without a virtual machine.
 
+mod changes;
 mod hooks;
 mod pause;
 mod stub;

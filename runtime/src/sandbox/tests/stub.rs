@@ -96,6 +96,13 @@ impl Guest {
         self.with(|state| state.agent.as_ref().unwrap().send(event).unwrap());
     }
 
+    /// Its container has changed its root.
+    pub(super) fn exit_changed(&self, status: u32) {
+        let mut event = exit_event("", status);
+        event.mut_exit().changes = true;
+        self.with(|state| state.agent.as_ref().unwrap().send(event).unwrap());
+    }
+
     pub(super) fn oom(&self) {
         let mut oom = protocol::Oom::new();
         oom.container_id = "c1".to_owned();
@@ -268,6 +275,17 @@ impl Machine for Guest {
             std::future::pending::<()>().await;
         });
         Ok(stream)
+    }
+
+    async fn save_changes(&self, container_id: &str) -> Result<(), Error> {
+        self.control("save")?;
+        let hang = self.with(|state| state.hang.contains("save"));
+        if hang {
+            let released = self.clone();
+            until(|| !released.with(|state| state.hang.contains("save"))).await;
+        }
+        self.with(|state| state.log.push(format!("saved {container_id}")));
+        Ok(())
     }
 
     fn size(&self) -> MachineSize {

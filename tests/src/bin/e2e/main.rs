@@ -15,6 +15,7 @@
 
 mod bad;
 mod balloon;
+mod changes;
 mod confinement;
 mod docker;
 mod driven;
@@ -104,6 +105,7 @@ fn run(options: Options) -> Result<ExitCode> {
         process::tests,
         limits::tests,
         stats::tests,
+        changes::tests,
         leftovers::tests,
         refused::tests,
         spec::tests,
