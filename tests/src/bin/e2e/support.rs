@@ -27,8 +27,6 @@ pub(crate) struct World {
     pub(crate) images: PathBuf,
     /// The containerd with all snapshotters, once a test has started it.
     pub(crate) snapshots: Arc<Mutex<Option<Snapshots>>>,
-    /// How often what is about repetition repeats.
-    pub(crate) runs: u32,
 }
 
 impl World {
@@ -38,7 +36,6 @@ impl World {
         images: PathBuf,
         snapshotter: Option<String>,
         deadline: Duration,
-        runs: u32,
     ) -> Result<Self> {
         let containerd = match address {
             Some(_) => None,
@@ -71,7 +68,6 @@ impl World {
             files: Arc::new(Some(files)),
             images,
             snapshots: Arc::default(),
-            runs,
         })
     }
 
@@ -90,7 +86,6 @@ impl World {
             files: Arc::new(None),
             images: PathBuf::new(),
             snapshots: Arc::default(),
-            runs: 0,
         }
     }
 

@@ -16,6 +16,13 @@ pub(crate) fn errors() -> Value {
     let text = |text: &'static CStr| text.as_ptr().expose_provenance() as u64;
     let root = text(c"/");
 
+    let mut random = [0_u64; 2];
+    let random = random.as_mut_ptr().expose_provenance() as u64;
+    // Without waiting: GRND_NONBLOCK.
+    tell(
+        "getrandom",
+        call(libc::SYS_getrandom, [random, 16, 1, 0, 0]),
+    );
     let times = [0_u32; 2];
     let zone = times.as_ptr().expose_provenance() as u64;
     tell(

@@ -91,6 +91,7 @@ fn process() -> Map<String, Value> {
         "securebits": sys::secure_bits(),
         "dumpable": sys::dumpable(),
         "umask": sys::umask(),
+        "ids": sys::ids(),
         "session_leader": sys::is_session_leader(),
         "terminal": sys::window(),
         "names": sys::names(),

@@ -6,7 +6,10 @@ use serde_json::Value;
 
 /// Where the two may differ, and why. A pattern holds for everything below it; `*` stands for one
 /// name.
-const ALLOWED: &[(&[&str], &str)] = &[
+pub(super) type Allowed = (&'static [&'static str], &'static str);
+
+/// What any two processes may differ in.
+const ALLOWED: &[Allowed] = &[
     (&["affinity"], "the machine has processors of its own"),
     (
         &["limits", "Max pending signals"],
@@ -40,7 +43,24 @@ const ALLOWED: &[(&[&str], &str)] = &[
     (&["signals_ignored"], "runc's language ignores one"),
     (&["status", "SigIgn"], "runc's language ignores one"),
     (&["devices", "/dev/core"], "the guest's kernel has no kcore"),
+    (
+        &["devices", "/dev/kcore"],
+        "what libcontainer calls it where the kernel has one",
+    ),
+    (
+        &["mounts", "/proc/acpi", "super_options"],
+        "a mask is empty by what is in it, not by its size",
+    ),
+    (
+        &["mounts", "/sys/firmware", "super_options"],
+        "a mask is empty by what is in it, not by its size",
+    ),
     (&["masked", "/proc/kcore"], "the guest's kernel has none"),
+    (&["mounts", "/proc/kcore"], "the guest's kernel has none"),
+    (
+        &["mounts", "/proc/sysrq-trigger"],
+        "the guest's kernel has none",
+    ),
     (
         &["masked", "/proc/sysrq-trigger"],
         "the guest's kernel has none",
@@ -69,8 +89,9 @@ const ALLOWED: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// Everything in which `ours` differs from `theirs` and must not.
-pub(super) fn differences(ours: &Value, theirs: &Value) -> Vec<String> {
+/// Everything in which `ours` differs from `theirs` and must not; `allowed` is of this process
+/// alone.
+pub(super) fn differences(ours: &Value, theirs: &Value, allowed: &[Allowed]) -> Vec<String> {
     let (ours, theirs) = (flat(ours), flat(theirs));
     let mut paths: Vec<&Vec<String>> = ours.keys().chain(theirs.keys()).collect();
     paths.sort();
@@ -79,7 +100,10 @@ pub(super) fn differences(ours: &Value, theirs: &Value) -> Vec<String> {
         .into_iter()
         .filter(|path| ours.get(*path) != theirs.get(*path));
     differ
-        .filter(|path| !ALLOWED.iter().any(|(pattern, _)| holds(pattern, path)))
+        .filter(|path| {
+            let mut all = ALLOWED.iter().chain(allowed);
+            !all.any(|(pattern, _)| holds(pattern, path))
+        })
         .map(|path| {
             let tell = |side: &BTreeMap<Vec<String>, Value>| {
                 side.get(path)

@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use super::compare::Allowed;
+
 /// One container.
 pub(super) struct Case {
     pub(super) name: &'static str,
@@ -20,6 +22,8 @@ pub(super) struct Row {
     pub(super) patch: Value,
     /// The size of its terminal, columns first.
     pub(super) terminal: Option<(u16, u16)>,
+    /// Where it may differ from runc's, and why.
+    pub(super) allowed: &'static [Allowed],
 }
 
 fn row(name: &'static str, patch: Value) -> Row {
@@ -27,6 +31,7 @@ fn row(name: &'static str, patch: Value) -> Row {
         name,
         patch,
         terminal: None,
+        allowed: &[],
     }
 }
 
@@ -122,13 +127,22 @@ pub(super) fn everything_set() -> Case {
     let everything = json!(["CAP_CHOWN", "CAP_KILL", "CAP_NET_RAW", "CAP_MKNOD"]);
     let rows = vec![
         row("the container's own process", json!({})),
-        row(
-            "another user",
-            json!({
-                "user": {"uid": 1000, "gid": 1001, "umask": 0o077, "additionalGids": [1002]},
-                "cwd": "/tmp",
-            }),
-        ),
+        Row {
+            allowed: &[
+                (&["umask"], "runc takes the container's for an exec"),
+                (
+                    &["status", "Umask"],
+                    "runc takes the container's for an exec",
+                ),
+            ],
+            ..row(
+                "another user",
+                json!({
+                    "user": {"uid": 1000, "gid": 1001, "umask": 0o077, "additionalGids": [1002]},
+                    "cwd": "/tmp",
+                }),
+            )
+        },
         row(
             "another user with ambient capabilities",
             json!({
@@ -155,18 +169,21 @@ pub(super) fn everything_set() -> Case {
                 "noNewPrivileges": null, "user": {"uid": 1000, "gid": 1001}, "cwd": "/tmp",
             }),
         ),
-        row(
-            "limits, priorities, environment",
-            json!({
-                "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
-                            {"type": "RLIMIT_FSIZE", "soft": 1_000_000, "hard": 1_000_000}],
-                "oomScoreAdj": 777,
-                "env": ["PATH=/bin", "HOME=/elsewhere", "ONLY=this"],
-                "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 6},
-                "scheduler": {"policy": "SCHED_BATCH", "nice": 5},
-                "cwd": "/",
-            }),
-        ),
+        Row {
+            allowed: &[(&["oom_score_adj"], "runc takes the container's for an exec")],
+            ..row(
+                "limits, priorities, environment",
+                json!({
+                    "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
+                                {"type": "RLIMIT_FSIZE", "soft": 1_000_000, "hard": 1_000_000}],
+                    "oomScoreAdj": 777,
+                    "env": ["PATH=/bin", "HOME=/elsewhere", "ONLY=this"],
+                    "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 6},
+                    "scheduler": {"policy": "SCHED_BATCH", "nice": 5},
+                    "cwd": "/",
+                }),
+            )
+        },
         Row {
             terminal: Some((132, 43)),
             ..row(
