@@ -2,8 +2,6 @@
 
 #![allow(unsafe_code)]
 
-mod snapshot;
-
 use std::arch::global_asm;
 use std::fs::File;
 use std::io::{Read, Write};

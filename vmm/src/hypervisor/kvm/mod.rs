@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-mod calls;
 mod irq;
 #[cfg(test)]
 mod tests;
@@ -25,7 +24,6 @@ use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
 use x86_64::Extent;
 
-pub(crate) use calls::SAVE_VCPU;
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
 pub use x86_64::{VcpuState, VmState};

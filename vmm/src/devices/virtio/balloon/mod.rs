@@ -15,7 +15,6 @@ mod hints;
 mod metrics;
 mod pages;
 mod reclaim;
-mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -31,7 +30,6 @@ use crate::memory::{DiscardError, GuestMemory};
 pub use device::Balloon;
 pub use handle::{BalloonError, Handle, Report};
 pub use metrics::Metrics;
-pub use state::BalloonState;
 pub use wire::Stats;
 
 /// Bytes of a page in PFN lists, whatever the guest's own page size (virtio 1.2, 5.5.6).

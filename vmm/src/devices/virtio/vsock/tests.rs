@@ -2,7 +2,6 @@
 
 mod credit;
 mod hostile;
-mod restore;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};

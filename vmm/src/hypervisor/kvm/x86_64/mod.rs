@@ -1,6 +1,5 @@
 //! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
 
-mod processor;
 mod state;
 
 use kvm_bindings::{
