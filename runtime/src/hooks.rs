@@ -9,13 +9,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use oci_spec::runtime::{ContainerState, Hook, Spec, State};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::ends_within;
 use crate::plan;
 use crate::request::Create;
+use crate::sys::{Process, memory};
 
 /// How much of what a failed hook wrote is shown, of each stream.
 const OUTPUT_MAX: u64 = 4096;
@@ -160,8 +159,9 @@ fn execute(hook: &Hook, state: &State) -> io::Result<Option<String>> {
     if let Some(limit) = limit
         && let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw)
     {
-        let process = pidfd_open(pid, PidfdFlags::empty())?;
-        in_time = ends_within(&process, Duration::from_secs(limit))?;
+        if let Some(process) = Process::open(child.id())? {
+            in_time = process.ends_within(Duration::from_secs(limit))?;
+        }
         if !in_time {
             // With whatever it has started. It is not waited for yet, so the number is still its own.
             let _ = kill_process_group(pid, Signal::KILL);
@@ -182,11 +182,6 @@ fn execute(hook: &Hook, state: &State) -> io::Result<Option<String>> {
     Ok(Some(format!(
         "{reason}, stdout: {output}, stderr: {errors}"
     )))
-}
-
-/// A file in memory.
-fn memory(name: &str) -> io::Result<File> {
-    Ok(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?))
 }
 
 /// What a stream begins with, without the white space around it.

@@ -25,6 +25,7 @@ pub mod mounted;
 pub mod plan;
 pub mod request;
 pub mod sandbox;
+mod sys;
 mod virtualization;
 
 /// Runs a process of the runtime's if this program was executed to be one, a virtual machine or the

@@ -25,9 +25,9 @@ impl Mode {
     /// Found as containerd finds it: by what is mounted at /sys/fs/cgroup.
     pub(crate) fn of_host() -> Self {
         /// CGROUP2_SUPER_MAGIC of linux/magic.h.
-        const CGROUP2: u64 = 0x6367_7270;
+        const CGROUP2: i128 = 0x6367_7270;
         match rustix::fs::statfs("/sys/fs/cgroup") {
-            Ok(found) if u64::try_from(found.f_type) == Ok(CGROUP2) => Self::V2,
+            Ok(found) if i128::from(found.f_type) == CGROUP2 => Self::V2,
             _ => Self::V1,
         }
     }

@@ -101,7 +101,6 @@ mod tests {
 
     use super::*;
     use crate::devices::bus::BusDevice;
-    use crate::devices::power::PowerRegisters;
     use crate::hypervisor::Fault;
     use crate::hypervisor::fake::{Answer, FakeVcpu, Step};
 
@@ -117,6 +116,22 @@ mod tests {
         fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<Exit> {
             self.0.lock().unwrap().push((offset, data.to_vec()));
             ControlFlow::Continue(())
+        }
+    }
+
+    /// Ends the VM: its first register by switching off, the others by a reset.
+    struct Power;
+
+    impl BusDevice for Power {
+        fn read(&self, _: u64, data: &mut [u8]) {
+            data.fill(0);
+        }
+
+        fn write(&self, offset: u64, _: &[u8]) -> ControlFlow<Exit> {
+            ControlFlow::Break(match offset {
+                0 => Exit::PowerOff,
+                _ => Exit::Reset,
+            })
         }
     }
 
@@ -141,10 +156,7 @@ mod tests {
             .insert(0xd000_0000, 0x1000, probe.clone())
             .unwrap();
         buses.pio.insert(0x3f8, 8, probe.clone()).unwrap();
-        buses
-            .pio
-            .insert(0x600, 3, Arc::new(PowerRegisters))
-            .unwrap();
+        buses.pio.insert(0x600, 3, Arc::new(Power)).unwrap();
         let mut vcpu = FakeVcpu::scripted(steps);
         let exit = run(&mut vcpu, &buses, &Open(true));
         (exit, vcpu.answers().to_vec(), probe)

@@ -21,6 +21,7 @@ mod host;
 mod images;
 mod kernel;
 mod lab;
+mod macos;
 mod paths;
 mod programs;
 mod step;
@@ -61,6 +62,8 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Licences, sources and advisories of everything we link
     Deny(deny::Args),
+    /// The macOS build checked, linted and linked here, from source and without anything of Apple's
+    CheckMacos,
     /// Build the standard library for another target, such as aarch64-unknown-linux-gnu
     Sysroot { target: String },
     /// The lab's own side of the channel; started by the lab's init
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Task::Deny(args) => deny::run(&args).map(|()| 0),
+        Task::CheckMacos => macos::check().map(|()| 0),
         Task::Sysroot { target } => sysroot::ensure(&target).map(|dir| {
             println!("{}", dir.display());
             0

@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::Error;
 use crate::config::{Digest, Resolved};
 use crate::images::{self, Identity};
+use crate::sys;
 
 pub(super) fn open(config: &Resolved) -> Result<File, Error> {
     let path = &config.kernel.path.0;
@@ -56,5 +57,5 @@ pub(crate) fn digest(path: &Path, directory: &Path) -> io::Result<Digest> {
 fn remember(directory: &Path, remembered: &Path, digest: Digest) -> io::Result<()> {
     let mut file = images::nameless(directory).map_err(io::Error::other)?;
     file.write_all(&digest.0)?;
-    images::publish(&file, remembered)
+    sys::publish(&file, remembered)
 }

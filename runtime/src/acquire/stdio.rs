@@ -171,13 +171,13 @@ impl<'a> Target<'a> {
 mod tests {
     use std::io::{Read, Write};
 
-    use rustix::fs::{CWD, FileType, Mode};
+    use nix::sys::stat::Mode;
 
     use super::*;
 
     fn fifo(directory: &Path, name: &str) -> String {
         let path = directory.join(name);
-        rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         path.to_str().unwrap().to_owned()
     }
 

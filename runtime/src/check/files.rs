@@ -5,12 +5,11 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
-
 use super::Line;
 use super::host::chain;
 use crate::acquire::kernel_digest;
 use crate::config::Resolved;
+use crate::sys;
 
 /// Free space under which a start is likely to fail, and under which it can't work at all.
 const LITTLE: u64 = 2 << 30;
@@ -141,8 +140,7 @@ pub(super) fn directory(name: &'static str, path: &Path, nameless: bool) -> Line
     if let Err(error) = made {
         return Line::fail(name, format!("{shown}: {error}"), advice);
     }
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    if nameless && let Err(error) = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
+    if nameless && let Err(error) = sys::nameless(path).and_then(|file| sys::forget(&file)) {
         let found = format!("{shown} takes no files without a name: {}", chain(&error));
         return Line::fail(name, found, "put it on ext4, XFS, Btrfs or tmpfs");
     }

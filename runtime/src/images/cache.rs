@@ -7,15 +7,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat};
+use rustix::fs::{FlockOperation, flock};
 
 use super::{Error, Identity, erofs, ext4};
 use crate::config::Resolved;
+use crate::sys;
 
 /// The images of this host.
 #[derive(Clone, Debug)]
@@ -79,7 +79,9 @@ impl Cache {
         let image = nameless(&self.scratch)?;
         erofs::write(directory, &image)?;
         // The machine gets a file it can't write to.
-        File::open(own_path(&image)).map_err(|error| self.failed(error))
+        let reopened = sys::reopen(&image);
+        sys::forget(&image).map_err(|error| self.failed(error))?;
+        reopened.map_err(|error| self.failed(error))
     }
 
     /// An empty ext4 of `size` bytes, for one machine to write to. It is gone when closed.
@@ -97,7 +99,8 @@ impl Cache {
             other => other.map_err(|error| self.failed(error))?,
         };
         let disk = nameless(&self.scratch)?;
-        ext4::copy_data(&template, &disk).map_err(|source| Error::Directory {
+        let copied = sys::forget(&disk).and_then(|()| ext4::copy_data(&template, &disk));
+        copied.map_err(|source| Error::Directory {
             path: self.scratch.clone(),
             source,
         })?;
@@ -153,7 +156,7 @@ impl Cache {
             });
         }
         new.sync_all().map_err(|error| self.failed(error))?;
-        publish(&new, &path).map_err(|error| self.failed(error))?;
+        sys::publish(&new, &path).map_err(|error| self.failed(error))?;
         drop(new);
         tracing::info!(layer = %first.display(), image = %path.display(),
             ms = started.elapsed().as_millis(), "Made an image");
@@ -270,30 +273,10 @@ fn identity<P: AsRef<Path>>(directories: &[P]) -> Result<Identity, Error> {
 
 /// A file in `directory` that no name leads to.
 pub(crate) fn nameless(directory: &Path) -> Result<File, Error> {
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|error| {
-        Error::Directory {
-            path: directory.to_path_buf(),
-            source: error.into(),
-        }
-    })?;
-    Ok(File::from(file))
-}
-
-/// Gives a file without a name the name `path`, which must be free.
-pub(crate) fn publish(file: &File, path: &Path) -> io::Result<()> {
-    Ok(linkat(
-        CWD,
-        own_path(file),
-        CWD,
-        path,
-        AtFlags::SYMLINK_FOLLOW,
-    )?)
-}
-
-/// A path by which this process can open an open file again.
-pub(super) fn own_path(file: &File) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
+    sys::nameless(directory).map_err(|source| Error::Directory {
+        path: directory.to_path_buf(),
+        source,
+    })
 }
 
 fn remove_unused(path: &Path) -> bool {

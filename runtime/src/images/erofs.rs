@@ -2,18 +2,12 @@
 //! host's page cache and nothing more. Owners, times, capabilities, and overlayfs's marks of
 //! deletion (character devices 0:0, `trusted.overlay.*`) come along as they are.
 
-use std::ffi::CString;
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use nix::sched::{CloneFlags, unshare};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-
-use super::cache::own_path;
 use super::progress::{Content, Progress};
 use super::{Error, MKFS_EROFS, mkfs};
+use crate::sys;
 
 /// From so many bytes of holes on they are kept: files are then in chunks, each of which is read and
 /// hashed, as a hole or another's copy takes no space. A sparse file of terabytes would fill the disk.
@@ -23,13 +17,21 @@ const CHUNK: u64 = 64 << 10;
 
 /// Writes an image of `directory` into `image`, an empty file.
 pub(super) fn write(directory: &Path, image: &File) -> Result<(), Error> {
+    let path = sys::path_for_children(image).map_err(|source| Error::Directory {
+        path: directory.to_path_buf(),
+        source,
+    })?;
     let content = Content::of(directory);
     let mut command = MKFS_EROFS.command();
+    // The guest's pages have 4 KiB, whatever the host's have; older programs know nothing else.
+    if rustix::param::page_size() != 4096 {
+        command.arg("-b4096");
+    }
     command.arg("--quiet");
     if content.holes >= HOLES {
         command.arg(format!("--chunksize={CHUNK}"));
     }
-    command.arg(path_of(image)).arg(directory);
+    command.arg(path).arg(directory);
     let progress = Progress::new(directory, image, content.bytes);
     mkfs(command, &MKFS_EROFS, directory, || progress.tell())
 }
@@ -46,7 +48,7 @@ pub(super) fn write_merged(
 ) -> Result<(), Error> {
     std::thread::scope(|scope| {
         let work = scope.spawn(|| {
-            mount_merged(directories, stage).map_err(|source| Error::Merge {
+            sys::mount_merged(directories, stage).map_err(|source| Error::Merge {
                 count: directories.len(),
                 source,
             })?;
@@ -55,36 +57,4 @@ pub(super) fn write_merged(
         work.join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
-}
-
-fn mount_merged(directories: &[PathBuf], stage: &Path) -> io::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    mount_change(
-        "/",
-        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-    )?;
-    // By descriptor the option is short: all of a mount's options must fit into one page. They
-    // are opened here because the directories must lie in the namespace they are mounted in.
-    let layers = directories
-        .iter()
-        .map(File::open)
-        .collect::<io::Result<Vec<_>>>()?;
-    let lower: Vec<String> = layers.iter().map(own_path).collect();
-    let options = CString::new(format!("lowerdir={}", lower.join(":")))?;
-    Ok(mount(
-        "overlay",
-        stage,
-        "overlay",
-        MountFlags::RDONLY,
-        Some(options.as_c_str()),
-    )?)
-}
-
-/// A path to an open file that holds for this process's children as well.
-pub(super) fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!(
-        "/proc/{}/fd/{}",
-        std::process::id(),
-        file.as_raw_fd()
-    ))
 }

@@ -1,13 +1,14 @@
 //! What makes a directory or file the one it was: not its name, which snapshotters use again.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::UNIX_EPOCH;
 
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use sha2::{Digest, Sha256};
 
 /// Raised when images of the same content are made differently.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// A name for the content found at a path at one time.
 ///
@@ -28,20 +29,19 @@ impl Identity {
         hash.update(FORMAT.to_le_bytes());
         for path in paths {
             let path = path.as_ref().canonicalize()?;
-            let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-            let stat = statx(CWD, &path, AtFlags::empty(), wanted)?;
+            let found = path.metadata()?;
             let name = path.as_os_str().as_encoded_bytes();
             hash.update(name.len().to_le_bytes());
             hash.update(name);
-            for number in [u64::from(stat.stx_dev_major), u64::from(stat.stx_dev_minor)] {
+            for number in [found.dev(), found.ino(), found.size()] {
                 hash.update(number.to_le_bytes());
             }
-            hash.update(stat.stx_ino.to_le_bytes());
-            hash.update(stat.stx_size.to_le_bytes());
-            // A file system that keeps no time of birth says zero.
-            for time in [stat.stx_btime, stat.stx_ctime] {
-                hash.update(time.tv_sec.to_le_bytes());
-                hash.update(time.tv_nsec.to_le_bytes());
+            // A file system that keeps no time of birth has none.
+            let birth = found.created().ok();
+            let birth = birth.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            hash.update(birth.unwrap_or_default().as_nanos().to_le_bytes());
+            for part in [found.ctime(), found.ctime_nsec()] {
+                hash.update(part.to_le_bytes());
             }
         }
         let digest = hash.finalize();

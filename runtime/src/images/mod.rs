@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub use cache::Cache;
-pub(crate) use cache::{nameless, publish};
+pub(crate) use cache::nameless;
 pub(crate) use identity::Identity;
 pub(crate) use mounted::mounted;
 pub(crate) use own::{disk as own_disk, image as own_image, size};

@@ -8,9 +8,10 @@ use std::path::Path;
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
-use super::cache::{nameless, own_path, publish};
-use super::{Error, erofs, ext4};
+use super::cache::nameless;
+use super::{Error, ext4};
 use crate::plan::MakeExt4;
+use crate::sys;
 
 /// An image that the snapshotter keeps. It is only read, by any number of machines.
 ///
@@ -70,7 +71,7 @@ fn open(path: &Path, write: bool) -> Result<File, Error> {
 /// [`Error::Disk`]
 pub(crate) fn size(mut image: &File) -> Result<u64, Error> {
     image.seek(SeekFrom::End(0)).map_err(|source| {
-        let path = std::fs::read_link(own_path(image)).unwrap_or_default();
+        let path = sys::path_of(image).unwrap_or_default();
         Error::Disk { path, source }
     })
 }
@@ -83,9 +84,10 @@ fn ensure(path: &Path, make: &MakeExt4) -> Result<(), Error> {
     let directory = path.parent().unwrap_or_else(|| Path::new("/"));
     let new = nameless(directory)?;
     new.set_len(make.size).map_err(failed(path))?;
-    ext4::make_own(&erofs::path_of(&new), make.uuid.as_deref(), path)?;
+    let place = sys::path_for_children(&new).map_err(failed(path))?;
+    ext4::make_own(&place, make.uuid.as_deref(), path)?;
     new.sync_all().map_err(failed(path))?;
-    match publish(&new, path) {
+    match sys::publish(&new, path) {
         // Another container of the same snapshot was faster; the lock decides who gets it.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         made => made.map_err(failed(path)),

@@ -1,3 +1,7 @@
+//! On Linux, which can mount what it has made.
+
+#![cfg(target_os = "linux")]
+
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;

@@ -20,7 +20,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::hooks::Poststop;
 
-pub(crate) use undo::ends_within;
 pub use undo::start_time;
 
 const LIST: &str = "ledger.json";

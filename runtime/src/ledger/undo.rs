@@ -1,15 +1,13 @@
 //! Undoing one entry. What isn't there counts as undone.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::Entry;
+use crate::sys::{self, Process};
 
 /// How long a killed process, and then its cgroup, may take to go.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -51,60 +49,33 @@ pub(super) fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// When process `pid` started, in the kernel's clock ticks since boot; `None` if there is none.
+/// When process `pid` started, as a number that tells it from a later one of the same pid; `None` if
+/// there is none.
 pub fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc_pid_stat(5): the name, field 2, is in parentheses and may hold any character; the
-    // start time is field 22.
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+    sys::start_time(pid)
 }
 
 /// Kills the process unless its number has passed to another, and waits for its end. It has
 /// `grace` to end by itself.
 fn end_process(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
-    let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+    let Some(process) = Process::open(pid)? else {
         return Ok(());
     };
-    let process = match pidfd_open(number, PidfdFlags::empty()) {
-        Err(Errno::SRCH) => return Ok(()),
-        other => other?,
-    };
-    // Compared while the descriptor holds on to the process, so it can't change in between.
+    // Compared while the process is held on to, so it can't change in between.
     if start_time(pid) != Some(started) {
         return Ok(());
     }
-    if ends_within(&process, grace)? {
+    if process.ends_within(grace)? {
         return Ok(());
     }
-    match pidfd_send_signal(&process, Signal::KILL) {
-        Err(Errno::SRCH) => return Ok(()),
-        other => other?,
-    }
-    if ends_within(&process, PATIENCE)? {
+    process.kill()?;
+    if process.ends_within(PATIENCE)? {
         return Ok(());
     }
     Err(io::Error::new(
         io::ErrorKind::TimedOut,
         "still there after SIGKILL",
     ))
-}
-
-/// Waits for a process's end; `false`: it has not ended within `limit`.
-pub(crate) fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
-    let deadline = Instant::now() + limit;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: left.subsec_nanos().into(),
-        };
-        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)) {
-            // The shim hears of its children by a signal.
-            Err(Errno::INTR) => {}
-            other => return Ok(other? > 0),
-        }
-    }
 }
 
 fn remove_cgroup(path: &Path) -> io::Result<()> {

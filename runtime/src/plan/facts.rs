@@ -8,6 +8,7 @@ use oci_spec::runtime::Spec;
 use super::snapshot;
 use crate::images;
 use crate::request::Create;
+use crate::sys;
 
 /// Facts read once, before planning.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ impl HostFacts {
         Self {
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
-            memory: host_memory(),
+            memory: sys::host_memory(),
             upper_in_use: upper.is_some_and(|upper| has_entries(&upper)),
             files: super::mounts::bind_sources(spec, &create.bundle)
                 .filter_map(|path| {
@@ -44,16 +45,6 @@ impl HostFacts {
             images: images::mounted(snapshot::lower_directories(&create.rootfs)),
         }
     }
-}
-
-fn host_memory() -> u64 {
-    let info = rustix::system::sysinfo();
-    #[allow(
-        clippy::unnecessary_cast,
-        reason = "a c_ulong, which isn't u64 everywhere"
-    )]
-    let total = info.totalram as u64;
-    total.saturating_mul(u64::from(info.mem_unit))
 }
 
 fn has_entries(directory: &Path) -> bool {

@@ -1,5 +1,7 @@
 //! The life of a VM: over the fake, and of small guests on the host's KVM.
 
+// Its guests are x86_64 programs.
+#![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
 use std::arch::global_asm;

@@ -5,17 +5,28 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test program")]
 
+#[cfg(target_os = "linux")]
 mod bare_metal;
+#[cfg(target_os = "linux")]
 mod confinement;
+#[cfg(target_os = "linux")]
 mod denied;
+#[cfg(target_os = "linux")]
 mod ends;
+#[cfg(target_os = "linux")]
 mod hostile;
+#[cfg(target_os = "linux")]
 mod support;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Trial};
+/// What the tests look at is Linux's: /proc, seccomp, namespaces.
+#[cfg(not(target_os = "linux"))]
+fn main() -> ExitCode {
+    libtest_mimic::run(&libtest_mimic::Arguments::from_args(), Vec::new()).exit_code()
+}
 
+#[cfg(target_os = "linux")]
 fn main() -> ExitCode {
     if let Some(code) = denied::child() {
         return code;
@@ -29,8 +40,8 @@ fn main() -> ExitCode {
     if let Some(code) = ends::short_lived_parent() {
         return code;
     }
-    let arguments = Arguments::from_args();
-    let tests: Vec<Trial> = [
+    let arguments = libtest_mimic::Arguments::from_args();
+    let tests: Vec<libtest_mimic::Trial> = [
         hostile::tests(),
         confinement::tests(),
         denied::tests(),
