@@ -105,8 +105,9 @@ fn build() -> Result<PathBuf> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .current_dir(paths::root().join("fuzz"))
-        // With a target of its own, build scripts are not instrumented.
-        .args(["build", "--release", "--locked", "--target", &triple])
+        // With a target of its own, build scripts are not instrumented. Not `--locked`: the lock
+        // follows the VMM's dependencies.
+        .args(["build", "--release", "--target", &triple])
         .env("CARGO_TARGET_DIR", &target)
         .env("RUSTFLAGS", COVERAGE);
     call(&mut command)?;
