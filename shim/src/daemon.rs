@@ -84,6 +84,9 @@ fn log_to_stderr(level: Level) -> Result<(), BoxError> {
     tracing_subscriber::fmt()
         .with_max_level(level.as_str().parse::<LevelFilter>()?)
         .with_ansi(false)
+        // By default it says on stderr that it could not write to stderr, and panics as that fails too:
+        // a containerd that is gone, or reads slowly, must cost no more than a line.
+        .log_internal_errors(false)
         .with_writer(io::stderr)
         .init();
     Ok(())

@@ -1,6 +1,7 @@
 //! `ctr`, containerd's own client.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -74,6 +75,17 @@ impl Ctr {
     /// containerd's socket.
     pub fn address(&self) -> &Path {
         &self.address
+    }
+
+    /// The process of the containerd.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn server(&self) -> Result<u32> {
+        let connection = UnixStream::connect(&self.address)
+            .with_context(|| format!("connect to {}", self.address.display()))?;
+        let peer = rustix::net::sockopt::socket_peercred(&connection)?;
+        Ok(u32::try_from(peer.pid.as_raw_nonzero().get())?)
     }
 
     /// A `ctr` command to add arguments to.

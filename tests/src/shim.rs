@@ -319,13 +319,21 @@ impl Shim {
             ..WaitRequest::default()
         };
         let status = self.client()?.wait(self.call(), &wait)?.exit_status;
+        self.delete_exec(exec_id)?;
+        Ok(status)
+    }
+
+    /// Delete of an exec'd process.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn delete_exec(&self, exec_id: &str) -> Result<u32> {
         let delete = DeleteRequest {
             id: self.id.clone(),
             exec_id: exec_id.to_owned(),
             ..DeleteRequest::default()
         };
-        self.client()?.delete(self.call(), &delete)?;
-        Ok(status)
+        Ok(self.client()?.delete(self.call(), &delete)?.exit_status)
     }
 
     /// State of the first process.
@@ -376,6 +384,38 @@ impl Shim {
             ..DeleteRequest::default()
         };
         Ok(self.client()?.delete(self.call(), &request)?)
+    }
+
+    /// Its process.
+    ///
+    /// # Errors
+    /// It left no number in its bundle.
+    pub fn pid(&self) -> Result<u32> {
+        let path = self.bundle.join("shim.pid");
+        let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
+        Ok(text.trim().parse()?)
+    }
+
+    /// The VMM process that it has written down, for whoever cleans up after it.
+    ///
+    /// # Errors
+    /// What it has written down can't be read.
+    pub fn recorded_vmm(&self) -> Result<Option<u32>> {
+        recorded_vmm(
+            &state_directory(self.config.config.as_deref())?,
+            NAMESPACE,
+            &self.id,
+        )
+    }
+
+    /// Runs the shim's `delete`, as containerd does when a shim is gone.
+    ///
+    /// # Errors
+    /// With what it wrote to its standard error.
+    pub fn clean_up(&self) -> Result<DeleteResponse> {
+        let finished = self.command(&["delete"])?;
+        ensure!(finished.status.success(), "{}", finished.errors());
+        Ok(DeleteResponse::parse_from_bytes(&finished.stdout)?)
     }
 
     /// The next event.
@@ -439,6 +479,37 @@ impl Drop for Shim {
             server.shutdown();
         }
     }
+}
+
+/// Where shims of this configuration write down what they have.
+///
+/// # Errors
+/// It can't be read.
+pub fn state_directory(config: Option<&Path>) -> Result<PathBuf> {
+    let table: toml::Table = match config {
+        Some(path) => fs::read_to_string(path)?.parse()?,
+        None => toml::Table::new(),
+    };
+    let state = table.get("state").and_then(|state| state.get("directory"));
+    let path = state.and_then(|path| path.as_str());
+    Ok(path.unwrap_or("/run/supermachine").into())
+}
+
+/// The VMM process that a container's shim has written down below `state`.
+///
+/// # Errors
+/// What it has written down can't be read.
+pub fn recorded_vmm(state: &Path, namespace: &str, id: &str) -> Result<Option<u32>> {
+    let path = state.join(namespace).join(id).join("ledger.json");
+    let Ok(text) = fs::read(&path) else {
+        return Ok(None);
+    };
+    let entries: Vec<serde_json::Value> =
+        serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))?;
+    let pid = entries
+        .iter()
+        .find_map(|entry| entry["child"]["pid"].as_u64());
+    Ok(pid.map(u32::try_from).transpose()?)
 }
 
 /// A connection to the shim of a task, by the bundle containerd made for it.

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::bundle::CGROUP;
+
 /// Everything that could be left, each in one line that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Traces(BTreeSet<String>);
@@ -19,6 +21,14 @@ const FOLDERS: &[&str] = &[
     "/run/containerd/fifo",
     "/run/containerd/io.containerd.runtime.v2.task",
 ];
+
+/// Images of layers stay there on purpose; locks, and what was being made under one, don't.
+const IMAGES: &str = "/var/lib/supermachine/images";
+
+/// Where files without a name are, for as long as a process holds them.
+const DATA: &str = "/var/lib/supermachine/";
+
+const CGROUPS: &str = "/sys/fs/cgroup";
 
 impl Traces {
     /// Looks at the host. `state` are more folders whose contents count.
@@ -47,6 +57,8 @@ impl Traces {
         for folder in FOLDERS.iter().map(Path::new).chain(state.iter().copied()) {
             files(folder, &mut found);
         }
+        locks(&mut found);
+        directories(Path::new(CGROUPS), &mut found);
         for device in fs::read_dir("/sys/block")?.flatten() {
             if device.path().join("loop/backing_file").exists() {
                 found.insert(format!("loop device {}", device.file_name().display()));
@@ -79,14 +91,53 @@ fn processes(found: &mut BTreeSet<String>) -> Result<()> {
             continue;
         };
         let comm = comm.trim();
-        if ["containerd-shim", "supermachine", "exe"]
+        if ["containerd-shim", "supermachine", "exe", "mkfs."]
             .iter()
             .any(|part| comm.starts_with(part))
         {
             found.insert(format!("process {pid} {comm}"));
         }
+        // A process whose files can't be listed is another user's, or gone.
+        for file in fs::read_dir(entry.path().join("fd")).into_iter().flatten() {
+            let Ok(link) = file.and_then(|file| fs::read_link(file.path())) else {
+                continue;
+            };
+            let link = link.to_string_lossy();
+            if link.starts_with(DATA) && link.ends_with(" (deleted)") {
+                found.insert(format!(
+                    "file without a name {link} of process {pid} {comm}"
+                ));
+            }
+        }
     }
     Ok(())
+}
+
+fn locks(found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(IMAGES).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path
+            .extension()
+            .is_some_and(|is| is == "lock" || is == "new")
+        {
+            found.insert(format!("file {}", path.display()));
+        }
+    }
+}
+
+/// Cgroups are directories, in each hierarchy.
+fn directories(folder: &Path, found: &mut BTreeSet<String>) {
+    let mut left = vec![folder.to_owned()];
+    while let Some(folder) = left.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry.file_name() != CGROUP {
+                    found.insert(format!("cgroup {}", entry.path().display()));
+                }
+                left.push(entry.path());
+            }
+        }
+    }
 }
 
 fn files(folder: &Path, found: &mut BTreeSet<String>) {

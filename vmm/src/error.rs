@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use crate::arch::{KernelError, LoadError};
 use crate::devices::bus::BadWindow;
+use crate::devices::virtio::{QuiesceError, StateError};
 use crate::hypervisor::HypervisorError;
 use crate::memory::MemoryError;
+use crate::snapshot::SnapshotError;
 
 /// Why a VM did not start. Sources say the rest.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +90,45 @@ pub enum Error {
     /// The host has no entropy.
     #[error("Cannot read random bytes from the host")]
     Entropy(#[source] io::Error),
+    /// The snapshot that it was to go on from.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A device can't become what the snapshot has.
+    #[error("Cannot restore device {device}")]
+    Restore {
+        /// Its id.
+        device: String,
+        /// What can't be.
+        source: StateError,
+    },
+    /// What a VM is to go on with does not fit its snapshot.
+    #[error("Snapshot has {has}, and {given} was given to restore it with")]
+    Mismatch {
+        /// What the snapshot has.
+        has: String,
+        /// What was given.
+        given: String,
+    },
+}
+
+/// Why a VM was not saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// Its vCPUs run: memory would change under the snapshot.
+    #[error("The VM is not paused")]
+    Running,
+    /// There is nothing left to save.
+    #[error("The VM has ended")]
+    Ended,
+    /// A device did not come to rest.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// The hypervisor refused to tell.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// It could not be written.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
 
 impl From<LoadError> for Error {

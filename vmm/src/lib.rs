@@ -31,15 +31,16 @@ pub mod hypervisor;
 pub mod jail;
 mod machine;
 pub mod memory;
+pub mod snapshot;
 pub mod sys;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod vcpu;
 
 pub use config::{DiskConfig, VmConfig};
-pub use error::{Error, PauseError};
+pub use error::{Error, PauseError, SaveError};
 pub use exit::Exit;
-pub use machine::{RunningVm, Vm};
+pub use machine::{RestoreConfig, RunningVm, Vm};
 
 /// Compiles what the README shows.
 #[cfg(doctest)]

@@ -3,20 +3,26 @@
 mod assembly;
 mod board;
 mod devices;
+mod restore;
 mod run;
+mod save;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::VmConfig;
 use crate::devices::virtio::{balloon, console};
-use crate::error::{Error, PauseError};
+use crate::error::{Error, PauseError, SaveError};
 use crate::exit::Exit;
 use crate::hypervisor::{Host, Hypervisor, HypervisorError};
+use crate::snapshot::{Id, SnapshotFile, SnapshotTarget};
 use assembly::Assembly;
+pub use restore::RestoreConfig;
 use run::Running;
 
 /// A VM that is built and has not run.
@@ -49,6 +55,24 @@ impl Vm {
         let hypervisor = hypervisor?;
         Ok(Self {
             assembly: Assembly::new(&hypervisor, config, &kernel)?,
+        })
+    }
+
+    /// Builds a VM that goes on from a snapshot. Any number can, from the same files, at once.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the files, whatever this host can't give, and what doesn't fit.
+    pub fn restore(config: RestoreConfig) -> Result<Self, Error> {
+        Self::restore_on(Host::open(), config)
+    }
+
+    /// Builds it on a hypervisor that was opened before.
+    pub(crate) fn restore_on(
+        hypervisor: Result<Host, HypervisorError>,
+        config: RestoreConfig,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            assembly: Assembly::restore(&hypervisor?, config)?,
         })
     }
 
@@ -88,6 +112,30 @@ impl RunningVm {
     /// Lets the vCPUs of a paused VM go on, and tells the guest's watchdogs.
     pub fn resume(&self) {
         self.running.resume();
+    }
+
+    /// Writes a paused VM to `dir`, under the name that [`SnapshotTarget::path_in`] tells, in place
+    /// of an older one; answers where that is. With the files of `base`, a full snapshot and diffs
+    /// on it, it has only the pages of memory that are not the same there. Disks are not of it.
+    ///
+    /// # Errors
+    /// A VM that isn't paused or has ended, and what the host refused. The VM goes on all the same.
+    pub fn snapshot(
+        &self,
+        dir: &Path,
+        base: Option<&[SnapshotFile]>,
+    ) -> Result<PathBuf, SaveError> {
+        let target = SnapshotTarget::create(dir)?;
+        self.running.save(target.file(), base)?;
+        Ok(target.commit()?)
+    }
+
+    /// Writes a paused VM to a file of the caller's; see [`snapshot`](Self::snapshot).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn snapshot_to(&self, file: &File, base: Option<&[SnapshotFile]>) -> Result<Id, SaveError> {
+        self.running.save(file, base)
     }
 
     /// Waits until the VM has ended: all vCPUs and devices have stopped.

@@ -2,16 +2,18 @@
 
 use std::ops::ControlFlow;
 
+use serde::Serialize;
+
 use crate::devices::bus::Bus;
 use crate::exit::Exit;
-use crate::hypervisor::{KICK, Vcpu, VcpuExit};
+use crate::hypervisor::{HypervisorError, KICK, SAVE_VCPU, Vcpu, VcpuExit};
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 /// The thread of a vCPU: it runs the guest, rings doorbells, writes what the serial port says.
 pub(crate) const VCPU: Filter = Filter {
     name: "vcpu",
-    tables: &[threads::EVERY, RUNNING],
+    tables: &[threads::EVERY, RUNNING, SAVE_VCPU],
 };
 
 /// `KVM_RUN` of linux/kvm.h.
@@ -53,8 +55,9 @@ pub(crate) trait Gate {
     fn is_closed(&self) -> bool;
 
     /// Waits out a pause; answers whether there was one. Asked after a kick, when nothing of an
-    /// earlier exit is left to be completed: the vCPU's state is whole.
-    fn rest(&self) -> bool;
+    /// earlier exit is left to be completed: the vCPU's state is whole, and `save` tells it to
+    /// whoever asks meanwhile.
+    fn rest(&self, save: &mut dyn FnMut() -> Result<Vec<u8>, HypervisorError>) -> bool;
 }
 
 /// Runs the vCPU until the VM ends; answers how.
@@ -88,11 +91,20 @@ pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, gate: &impl Gate) -> Exi
         if let ControlFlow::Break(exit) = flow {
             return exit;
         }
-        if kicked && gate.rest() {
+        if kicked && gate.rest(&mut || encode(&vcpu.save()?)) {
             vcpu.resumed();
         }
     }
     Exit::Stopped
+}
+
+/// A state as it goes into a snapshot.
+pub(crate) fn encode(state: &impl Serialize) -> Result<Vec<u8>, HypervisorError> {
+    // Not to be had: every field is a number or a list of them.
+    serde_json::to_vec(state).map_err(|error| HypervisorError::Call {
+        call: "serialize",
+        source: error.into(),
+    })
 }
 
 #[cfg(test)]
@@ -143,7 +155,7 @@ mod tests {
             !self.0
         }
 
-        fn rest(&self) -> bool {
+        fn rest(&self, _: &mut dyn FnMut() -> Result<Vec<u8>, HypervisorError>) -> bool {
             false
         }
     }

@@ -20,6 +20,7 @@ use crate::devices::virtio::console::{
 };
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::hypervisor::{Host, HypervisorError};
+use crate::snapshot::SnapshotError;
 use crate::sys::ring::Rings;
 use crate::sys::threads;
 use crate::{DiskConfig, Error, PauseError, RunningVm, Vm, VmConfig};
@@ -330,9 +331,12 @@ fn kind(error: &Error) -> ErrorKind {
         | Error::MemorySize { .. }
         | Error::TooManyDevices { .. } => ErrorKind::Invalid,
         Error::Hypervisor(_) => ErrorKind::Hypervisor,
-        Error::Memory(_) | Error::Device { .. } | Error::Thread { .. } | Error::Entropy(_) => {
-            ErrorKind::Resource
-        }
+        Error::Snapshot(SnapshotError::File { .. } | SnapshotError::Memory(_))
+        | Error::Memory(_)
+        | Error::Device { .. }
+        | Error::Thread { .. }
+        | Error::Entropy(_) => ErrorKind::Resource,
+        Error::Snapshot(_) | Error::Restore { .. } | Error::Mismatch { .. } => ErrorKind::Invalid,
         Error::Window(_) => ErrorKind::Internal,
     }
 }

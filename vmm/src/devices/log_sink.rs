@@ -11,28 +11,33 @@ const LINE: usize = 256;
 
 /// Where the log goes. A reader that does not keep up loses lines; it never stops the vCPU.
 pub(super) struct LogSink {
-    file: File,
+    /// Without one, what is written is gone.
+    file: Option<File>,
     line: Vec<u8>,
     lost_some: bool,
 }
 
 impl LogSink {
-    pub(super) fn new(sink: OwnedFd) -> Self {
+    pub(super) fn new(sink: Option<OwnedFd>) -> Self {
         Self {
-            file: File::from(sink),
+            file: sink.map(File::from),
             line: Vec::with_capacity(LINE),
             lost_some: false,
         }
     }
 
     fn send(&mut self) {
+        let Some(file) = &mut self.file else {
+            self.line.clear();
+            return;
+        };
         // A pipe that polls writable takes a page at least; files always do.
-        let mut poll_fd = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+        let mut poll_fd = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
         let ready = poll(&mut poll_fd, PollTimeout::ZERO).is_ok_and(|count| count > 0)
             && poll_fd[0]
                 .revents()
                 .is_some_and(|events| events.contains(PollFlags::POLLOUT));
-        if !ready || self.file.write_all(&self.line).is_err() {
+        if !ready || file.write_all(&self.line).is_err() {
             if !self.lost_some {
                 tracing::warn!("Serial log loses output: its reader does not keep up");
             }

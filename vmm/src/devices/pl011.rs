@@ -6,6 +6,8 @@ use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::bus::BusDevice;
 use super::log_sink::LogSink;
 use crate::exit::Exit;
@@ -43,6 +45,13 @@ pub struct Pl011 {
 
 struct State {
     sink: LogSink,
+    registers: Pl011State,
+}
+
+/// The registers of a port as data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pl011State {
     integer_baud: u32,
     fractional_baud: u32,
     line_control: u32,
@@ -52,11 +61,9 @@ struct State {
     raw: u32,
 }
 
-impl Pl011 {
-    /// A port that writes to `sink` and sets its interrupt by `line`.
-    pub fn new(sink: OwnedFd, line: Box<dyn Fn(bool) + Send + Sync>) -> Self {
-        let state = State {
-            sink: LogSink::new(sink),
+impl Default for Pl011State {
+    fn default() -> Self {
+        Self {
             integer_baud: 0,
             fractional_baud: 0,
             line_control: 0,
@@ -64,6 +71,30 @@ impl Pl011 {
             fifo_level: FIFO_LEVEL_RESET,
             mask: 0,
             raw: 0,
+        }
+    }
+}
+
+impl Pl011 {
+    /// A port that writes to `sink`, if there is one, and sets its interrupt by `line`.
+    pub fn new(sink: Option<OwnedFd>, line: Box<dyn Fn(bool) + Send + Sync>) -> Self {
+        Self::restored(sink, line, Pl011State::default())
+    }
+
+    /// The registers, while no vCPU runs.
+    pub fn save(&self) -> Pl011State {
+        self.state().registers
+    }
+
+    /// A port whose registers are what another's were. Any value will do: a guest may have left it.
+    pub fn restored(
+        sink: Option<OwnedFd>,
+        line: Box<dyn Fn(bool) + Send + Sync>,
+        registers: Pl011State,
+    ) -> Self {
+        let state = State {
+            sink: LogSink::new(sink),
+            registers,
         };
         Self {
             state: Mutex::new(state),
@@ -80,14 +111,14 @@ impl State {
     fn read(&self, offset: u64) -> u32 {
         match offset {
             FLAGS => TRANSMIT_EMPTY | RECEIVE_EMPTY,
-            INTEGER_BAUD => self.integer_baud,
-            FRACTIONAL_BAUD => self.fractional_baud,
-            LINE_CONTROL => self.line_control,
-            CONTROL => self.control,
-            FIFO_LEVEL => self.fifo_level,
-            INTERRUPT_MASK => self.mask,
-            RAW_INTERRUPTS => self.raw,
-            MASKED_INTERRUPTS => self.raw & self.mask,
+            INTEGER_BAUD => self.registers.integer_baud,
+            FRACTIONAL_BAUD => self.registers.fractional_baud,
+            LINE_CONTROL => self.registers.line_control,
+            CONTROL => self.registers.control,
+            FIFO_LEVEL => self.registers.fifo_level,
+            INTERRUPT_MASK => self.registers.mask,
+            RAW_INTERRUPTS => self.registers.raw,
+            MASKED_INTERRUPTS => self.registers.raw & self.registers.mask,
             IDENTIFICATION.. => {
                 let place = usize::try_from((offset - IDENTIFICATION) / 4).unwrap_or(usize::MAX);
                 IDENTIFIERS.get(place).copied().unwrap_or(0).into()
@@ -101,15 +132,15 @@ impl State {
             DATA => {
                 // The sink never fails.
                 let _ = self.sink.write_all(&[value as u8]);
-                self.raw |= TRANSMIT;
+                self.registers.raw |= TRANSMIT;
             }
-            INTEGER_BAUD => self.integer_baud = value & 0xffff,
-            FRACTIONAL_BAUD => self.fractional_baud = value & 0x3f,
-            LINE_CONTROL => self.line_control = value & 0xff,
-            CONTROL => self.control = value & 0xffff,
-            FIFO_LEVEL => self.fifo_level = value & 0x3f,
-            INTERRUPT_MASK => self.mask = value & 0x7ff,
-            INTERRUPT_CLEAR => self.raw &= !value,
+            INTEGER_BAUD => self.registers.integer_baud = value & 0xffff,
+            FRACTIONAL_BAUD => self.registers.fractional_baud = value & 0x3f,
+            LINE_CONTROL => self.registers.line_control = value & 0xff,
+            CONTROL => self.registers.control = value & 0xffff,
+            FIFO_LEVEL => self.registers.fifo_level = value & 0x3f,
+            INTERRUPT_MASK => self.registers.mask = value & 0x7ff,
+            INTERRUPT_CLEAR => self.registers.raw &= !value,
             _ => {}
         }
     }
@@ -136,7 +167,7 @@ impl BusDevice for Pl011 {
         let high = {
             let mut state = self.state();
             state.write(offset, u32::from_le_bytes(value));
-            state.raw & state.mask != 0
+            state.registers.raw & state.registers.mask != 0
         };
         if matches!(offset, DATA | INTERRUPT_MASK | INTERRUPT_CLEAR) {
             (self.line)(high);
@@ -159,7 +190,7 @@ mod tests {
         let levels = Arc::new(Mutex::new(Vec::new()));
         let record = Arc::clone(&levels);
         let line = Box::new(move |high| record.lock().unwrap().push(high));
-        (Pl011::new(writer.into(), line), reader, levels)
+        (Pl011::new(Some(writer.into()), line), reader, levels)
     }
 
     fn read(port: &Pl011, offset: u64) -> u32 {

@@ -5,7 +5,8 @@ use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use super::bus::BusDevice;
@@ -17,13 +18,68 @@ pub struct Com1 {
     uart: Mutex<Serial<Edge, NoEvents, LogSink>>,
 }
 
+/// The registers of a port as data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Com1State {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+}
+
 impl Com1 {
-    /// A port that writes to `sink` and raises its interrupt by `raise`.
-    pub fn new(sink: OwnedFd, raise: Box<dyn Fn() + Send + Sync>) -> Self {
+    /// A port that writes to `sink`, if there is one, and raises its interrupt by `raise`.
+    pub fn new(sink: Option<OwnedFd>, raise: Box<dyn Fn() + Send + Sync>) -> Self {
         let uart = Serial::new(Edge(raise), LogSink::new(sink));
         Self {
             uart: Mutex::new(uart),
         }
+    }
+
+    /// The registers, while no vCPU runs.
+    pub fn save(&self) -> Com1State {
+        let state = self.uart().state();
+        Com1State {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+        }
+    }
+
+    /// A port whose registers are what another's were. Any value will do: a guest may have left it.
+    pub fn restored(
+        sink: Option<OwnedFd>,
+        raise: Box<dyn Fn() + Send + Sync>,
+        state: Com1State,
+    ) -> io::Result<Self> {
+        let registers = SerialState {
+            baud_divisor_low: state.divisor[0],
+            baud_divisor_high: state.divisor[1],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: Vec::new(),
+        };
+        let sink = LogSink::new(sink);
+        let uart = Serial::from_state(&registers, Edge(raise), NoEvents, sink)
+            .map_err(|error| io::Error::other(format!("{error:?}")))?;
+        Ok(Self {
+            uart: Mutex::new(uart),
+        })
     }
 
     fn uart(&self) -> std::sync::MutexGuard<'_, Serial<Edge, NoEvents, LogSink>> {
@@ -84,7 +140,7 @@ mod tests {
         let raise = Box::new(move || {
             counter.fetch_add(1, Ordering::Relaxed);
         });
-        (Com1::new(writer.into(), raise), reader, edges)
+        (Com1::new(Some(writer.into()), raise), reader, edges)
     }
 
     #[test]
@@ -118,6 +174,21 @@ mod tests {
         for _ in 0..1 << 20 {
             assert!(port.write(DATA, b"\n").is_continue());
         }
+    }
+
+    #[test]
+    fn a_restored_port_has_the_registers_of_the_saved_one() {
+        let (port, _reader, _) = port();
+        for (offset, value) in [(1, 2), (3, 0x83), (0, 7), (4, 0x0b), (7, 0x5a)] {
+            assert!(port.write(offset, &[value]).is_continue());
+        }
+        let other = Com1::restored(None, Box::new(|| ()), port.save()).unwrap();
+        assert_eq!(other.save(), port.save());
+        let mut scratch = [0];
+        other.read(7, &mut scratch);
+        assert_eq!(scratch, [0x5a]);
+        // Nobody hears it.
+        assert!(other.write(DATA, b"\n").is_continue());
     }
 
     #[test]

@@ -22,6 +22,14 @@ use crate::sys::doorbell::Doorbell;
 /// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
 pub(crate) const KICK: i32 = 40;
 
+/// What the thread of a vCPU calls to save it.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub(crate) use kvm::SAVE_VCPU;
+
+/// What the thread of a vCPU calls to save it.
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+pub(crate) const SAVE_VCPU: &[crate::jail::Rule] = &[];
+
 /// The hypervisor of the target this crate is built for.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub type Host = kvm::Kvm;
@@ -371,6 +379,14 @@ pub enum HypervisorError {
         index: u32,
         /// The snapshot's value.
         value: u64,
+    },
+    /// A processor of a snapshot that this host's is not.
+    #[error("Snapshot's processor {found}, and this host's {here}")]
+    Processor {
+        /// What it is, or has.
+        found: String,
+        /// What the host's is, or lacks.
+        here: String,
     },
     /// It refused a call.
     #[error("{call} failed")]

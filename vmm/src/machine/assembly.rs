@@ -5,33 +5,37 @@
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
-use super::board;
-use super::devices::{DeviceSet, Devices, Handles};
-use super::run::{self, Running};
+use super::board::{self, Serial};
+use super::devices::{DeviceSet, Devices, Handles, refused};
+use super::run::{self, Begin, Running};
 use crate::arch::current::{
     self, BootSource, KernelImage, MEMORY_STEP, MIN_MEMORY, Platform, layout,
 };
 use crate::arch::{CpuCaps, VcpuSetup};
 use crate::config::VmConfig;
+use crate::devices::virtio::console::PortEnds;
 use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use crate::error::Error;
 use crate::hypervisor::{Hypervisor, Vcpu, VcpuSeed, VmBackend};
 use crate::memory::GuestMemory;
 use crate::sys::{random, threads};
-use crate::vcpu::Buses;
+use crate::vcpu::{Buses, encode};
 
 /// A VM ready to run.
 pub(super) struct Assembly<B: VmBackend> {
     // The VM goes before the memory it maps.
-    seeds: Vec<B::Seed>,
-    setups: Vec<VcpuSetup>,
+    vcpus: Vec<(B::Seed, Begin<VcpuOf<B>>)>,
     buses: Arc<Buses>,
     devices: Devices,
     handles: Handles,
     backend: B,
     memory: GuestMemory,
 }
+
+/// The vCPUs of a hypervisor's VMs.
+pub(super) type VcpuOf<B> = <<B as VmBackend>::Seed as VcpuSeed>::Vcpu;
 
 /// Checks what can be checked without a hypervisor.
 pub(super) fn check(config: &VmConfig) -> Result<KernelImage, Error> {
@@ -96,24 +100,40 @@ where
             Ok::<_, Error>((made?, loaded?))
         })?;
 
+        let serial = config.serial.take().map(|sink| Serial {
+            sink: Some(sink),
+            state: None,
+        });
+        let count = config.vcpus;
+        let begin = |index| {
+            let setup = current::vcpu_setup(&caps.cpu, index, count, entry);
+            Ok(Begin::Boot(setup))
+        };
+        Self::put_together(backend, memory, set, handles, serial, (count, begin))
+    }
+
+    /// Gives a VM its memory, devices and vCPUs.
+    pub(super) fn put_together(
+        backend: B,
+        memory: GuestMemory,
+        set: DeviceSet,
+        handles: Handles,
+        serial: Option<Serial>,
+        (count, begin): (u32, impl Fn(u32) -> Result<Begin<VcpuOf<B>>, Error>),
+    ) -> Result<Self, Error> {
         for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
             // SAFETY: `Assembly` and `Running` keep the memory until after VM and vCPUs are gone,
             // and vm-memory makes no references into it.
             unsafe { backend.map(slot, guest.0, host, len) }?;
         }
         let mut buses = Buses::default();
-        board::attach(&backend, &mut buses, config.serial.take())?;
-        let devices = set.attach(&backend, &mut buses.mmio)?;
-
-        let seeds = (0..config.vcpus)
-            .map(|index| backend.create_vcpu(index))
-            .collect::<Result<_, _>>()?;
-        let setups = (0..config.vcpus)
-            .map(|index| current::vcpu_setup(&caps.cpu, index, config.vcpus, entry))
-            .collect();
+        let port = board::attach(&backend, &mut buses, serial)?;
+        let devices = set.attach(&backend, &mut buses.mmio, port)?;
+        let vcpus = (0..count)
+            .map(|index| Ok((backend.create_vcpu(index)?, begin(index)?)))
+            .collect::<Result<_, Error>>()?;
         Ok(Self {
-            seeds,
-            setups,
+            vcpus,
             buses: Arc::new(buses),
             devices,
             handles,
@@ -122,13 +142,35 @@ where
         })
     }
 
+    pub(super) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Connects a port of the console before the guest goes on.
+    pub(super) fn attach(&self, port: u32, ends: PortEnds) -> Result<(), Error> {
+        let Some(console) = &self.handles.console else {
+            return Ok(());
+        };
+        let attaching = console
+            .begin_attach(port, ends)
+            .map_err(refused("console0"))?;
+        // No driver is at work: there is nothing to wait for.
+        attaching.wait(Duration::ZERO).map_err(refused("console0"))
+    }
+
+    pub(super) fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
     pub(super) fn start(self) -> Result<Running, Error> {
+        let backend = self.backend;
         run::start(run::Parts {
-            vcpus: self.seeds.into_iter().zip(self.setups).collect(),
+            vcpus: self.vcpus,
             buses: self.buses,
             devices: self.devices,
             handles: self.handles,
-            keep: Box::new((self.backend, self.memory)),
+            memory: self.memory,
+            save_vm: Box::new(move || encode(&backend.save()?)),
         })
     }
 }

@@ -6,21 +6,23 @@ use std::io;
 use std::sync::Arc;
 
 use super::assembly::notify_address;
+use super::board::{Port, PortState};
 use crate::arch::current::{MIN_MEMORY, layout};
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
 use crate::devices::virtio::block::{Backend, Block, BlockConfig, Concat, DISK, FileBackend};
-use crate::devices::virtio::console::{self, Console};
+use crate::devices::virtio::console::{self, Console, ConsoleConfig};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport};
-use crate::devices::virtio::vsock::Vsock;
-use crate::devices::virtio::{DEVICES, FaultObserver, VirtioDevice};
+use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport, TransportState};
+use crate::devices::virtio::vsock::{Vsock, VsockConfig};
+use crate::devices::virtio::{DEVICES, FaultObserver, QuiesceError, VirtioDevice};
 use crate::error::Error;
 use crate::hypervisor::{Binding, IrqLine, VmBackend};
 use crate::jail::Filter;
 use crate::memory::GuestMemory;
 use crate::sys::reactor::{Reactor, ReactorHandle};
+use crate::sys::ring::Rings;
 
 /// Devices that have been made and not attached, in the order of their slots.
 pub(super) struct DeviceSet {
@@ -54,38 +56,76 @@ impl DeviceSet {
     pub(super) fn add_configured(&mut self, config: &mut VmConfig) -> Result<Handles, Error> {
         let mut handles = Handles::default();
         if let Some(console) = config.console.take() {
-            let console = Console::new(console).map_err(refused("console0"))?;
-            handles.console = Some(console.handle());
-            self.add(Box::new(console));
+            self.add_console(console, &mut handles)?;
         }
         if let Some(vsock) = config.vsock.take() {
-            self.add(Box::new(Vsock::new(vsock).map_err(refused("vsock0"))?));
+            self.add_vsock(vsock)?;
         }
         if let Some(balloon) = config.balloon {
-            let balloon = BalloonConfig {
-                floor: balloon.floor.max(balloon_floor(config.memory)),
-                ..balloon
-            };
-            let balloon = Balloon::new(balloon, config.memory).map_err(refused("balloon0"))?;
-            handles.balloon = Some(balloon.handle());
-            self.add(Box::new(balloon));
+            self.add_balloon(balloon, config.memory, &mut handles)?;
         }
         if config.rng {
-            self.add(Box::new(Rng::of_host()));
+            self.add_rng();
         }
         for (index, disk) in config.disks.drain(..).enumerate() {
-            let id = format!("block{index}");
-            let backend = backend(disk.files, disk.read_only).map_err(refused(&id))?;
-            let block = BlockConfig {
-                id: id.clone(),
-                backend,
-                read_only: disk.read_only,
-                serial: disk.serial,
-            };
-            let block = Block::with_rings(block, &mut config.rings);
-            self.add_blocking(Box::new(block.map_err(refused(&id))?))?;
+            self.add_disk(index, disk, &mut config.rings)?;
         }
         Ok(handles)
+    }
+
+    pub(super) fn add_console(
+        &mut self,
+        config: ConsoleConfig,
+        handles: &mut Handles,
+    ) -> Result<(), Error> {
+        let console = Console::new(config).map_err(refused("console0"))?;
+        handles.console = Some(console.handle());
+        self.add(Box::new(console));
+        Ok(())
+    }
+
+    pub(super) fn add_vsock(&mut self, config: VsockConfig) -> Result<(), Error> {
+        self.add(Box::new(Vsock::new(config).map_err(refused("vsock0"))?));
+        Ok(())
+    }
+
+    /// A balloon for a guest with `memory` bytes.
+    pub(super) fn add_balloon(
+        &mut self,
+        balloon: BalloonConfig,
+        memory: u64,
+        handles: &mut Handles,
+    ) -> Result<(), Error> {
+        let balloon = BalloonConfig {
+            floor: balloon.floor.max(balloon_floor(memory)),
+            ..balloon
+        };
+        let balloon = Balloon::new(balloon, memory).map_err(refused("balloon0"))?;
+        handles.balloon = Some(balloon.handle());
+        self.add(Box::new(balloon));
+        Ok(())
+    }
+
+    pub(super) fn add_rng(&mut self) {
+        self.add(Box::new(Rng::of_host()));
+    }
+
+    pub(super) fn add_disk(
+        &mut self,
+        index: usize,
+        disk: DiskConfig,
+        rings: &mut Rings,
+    ) -> Result<(), Error> {
+        let id = format!("block{index}");
+        let backend = backend(disk.files, disk.read_only).map_err(refused(&id))?;
+        let block = BlockConfig {
+            id: id.clone(),
+            backend,
+            read_only: disk.read_only,
+            serial: disk.serial,
+        };
+        let block = Block::with_rings(block, rings);
+        self.add_blocking(Box::new(block.map_err(refused(&id))?))
     }
 
     /// Adds a device that never blocks.
@@ -110,6 +150,7 @@ impl DeviceSet {
         self,
         backend: &B,
         mmio: &mut Bus,
+        port: Option<Arc<Port>>,
     ) -> Result<Devices, Error> {
         if self.len() > layout::MAX_VIRTIO_DEVICES {
             let (asked, max) = (self.devices.len(), layout::MAX_VIRTIO_DEVICES);
@@ -140,6 +181,7 @@ impl DeviceSet {
         }
         Ok(Devices {
             transports,
+            port,
             _reactors: (self.shared, self.own),
         })
     }
@@ -170,7 +212,7 @@ fn backend(mut files: Vec<File>, read_only: bool) -> io::Result<Box<dyn Backend>
 }
 
 /// Names the device that could not be made.
-fn refused<E>(device: &str) -> impl Fn(E) -> Error
+pub(super) fn refused<E>(device: &str) -> impl Fn(E) -> Error
 where
     E: std::error::Error + Send + Sync + 'static,
 {
@@ -191,15 +233,67 @@ fn reactor(name: &str, filter: &'static Filter) -> Result<Reactor, Error> {
 /// The attached devices and the threads they work on.
 pub(super) struct Devices {
     transports: Vec<Arc<MmioTransport>>,
+    port: Option<Arc<Port>>,
     // After the transports: a device stops its worker on its reactor.
     _reactors: (Reactor, Vec<Reactor>),
 }
 
 impl Devices {
+    /// Holds all devices still. The vCPUs must be paused. When one does not come to rest, all go on.
+    pub(super) fn quiesce(&self) -> Result<Quiesced<'_>, QuiesceError> {
+        // Before the first: dropped, it resumes what was held.
+        let quiesced = Quiesced(self);
+        for transport in &self.transports {
+            transport.quiesce()?;
+        }
+        Ok(quiesced)
+    }
+
+    /// Makes fresh devices what others were, slot by slot.
+    pub(super) fn restore(&self, states: Vec<TransportState>) -> Result<(), Error> {
+        for (transport, state) in self.transports.iter().zip(states) {
+            let device = state.id.clone();
+            let restored = transport.restore(state);
+            restored.map_err(|source| Error::Restore { device, source })?;
+        }
+        Ok(())
+    }
+
+    /// Starts the devices that a driver goes on with.
+    pub(super) fn start_restored(&self) {
+        for transport in &self.transports {
+            transport.start_restored();
+        }
+    }
+
     /// Stops all devices. The vCPUs must have stopped.
     pub(super) fn shut_down(&self) {
         for transport in &self.transports {
             transport.shut_down();
+        }
+    }
+}
+
+/// Devices that are held still until this is dropped.
+pub(super) struct Quiesced<'a>(&'a Devices);
+
+impl Quiesced<'_> {
+    /// What they are, in the order of their slots.
+    pub(super) fn save(&self) -> Vec<TransportState> {
+        let transports = self.0.transports.iter();
+        transports.map(|transport| transport.save()).collect()
+    }
+
+    /// The registers of the serial port.
+    pub(super) fn port(&self) -> Option<PortState> {
+        self.0.port.as_ref().map(|port| port.save())
+    }
+}
+
+impl Drop for Quiesced<'_> {
+    fn drop(&mut self) {
+        for transport in &self.0.transports {
+            transport.resume();
         }
     }
 }

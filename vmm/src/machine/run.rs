@@ -1,6 +1,5 @@
 //! The vCPU threads of a VM, from start to end.
 
-use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,42 +7,67 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::devices::{Devices, Handles};
-use crate::error::{Error, PauseError};
+use crate::error::{Error, PauseError, SaveError};
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, Kicker, Vcpu, VcpuSeed};
+use crate::memory::GuestMemory;
 use crate::sys::threads;
 use crate::vcpu::{self, Buses, Gate};
 
 /// How long to wait for vCPUs to come out before they are kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
 
-/// The state a seed's vCPU starts in.
-type Setup<S> = <<S as VcpuSeed>::Vcpu as Vcpu>::Setup;
-
 /// What vCPU threads are started from.
 pub(super) struct Parts<S: VcpuSeed> {
-    pub(super) vcpus: Vec<(S, Setup<S>)>,
+    pub(super) vcpus: Vec<(S, Begin<S::Vcpu>)>,
     pub(super) buses: Arc<Buses>,
     pub(super) devices: Devices,
     pub(super) handles: Handles,
-    /// What must outlive the vCPUs: the VM and its memory.
-    pub(super) keep: Box<dyn Any + Send + Sync>,
+    /// Guest RAM, and what the hypervisor holds of the VM: both must outlive the vCPUs.
+    pub(super) memory: GuestMemory,
+    pub(super) save_vm: SaveVm,
 }
+
+/// The state of a vCPU before its first instruction here.
+pub(super) enum Begin<V: Vcpu> {
+    /// It enters the kernel, or waits for another vCPU to start it.
+    Boot(V::Setup),
+    /// It goes on.
+    Restore(Box<V::State>),
+}
+
+impl<V: Vcpu> Begin<V> {
+    fn apply(&self, vcpu: &mut V) -> Result<(), HypervisorError> {
+        match self {
+            Self::Boot(setup) => vcpu.boot(setup),
+            Self::Restore(state) => {
+                vcpu.restore(state)?;
+                vcpu.resumed();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Reads what the hypervisor holds of the VM beside its vCPUs; owns the VM.
+pub(super) type SaveVm = Box<dyn Fn() -> Result<Vec<u8>, HypervisorError> + Send + Sync>;
 
 /// A VM whose vCPUs run, or have run.
 pub(super) struct Running {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     pub(super) handles: Handles,
-    _keep: Box<dyn Any + Send + Sync>,
+    // The VM goes before the memory it maps.
+    pub(super) save_vm: SaveVm,
+    pub(super) memory: GuestMemory,
 }
 
 /// What vCPU threads and their owner share.
-struct Shared {
+pub(super) struct Shared {
     /// vCPUs stop before they enter the guest again.
     stop: AtomicBool,
     kickers: Vec<Box<dyn Fn() + Send + Sync>>,
-    devices: Devices,
+    pub(super) devices: Devices,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -59,6 +83,10 @@ struct State {
     paused: bool,
     /// Those that do.
     parked: usize,
+    /// The VM is being saved: a pause lasts until that is done.
+    saving: bool,
+    /// The vCPUs' states, as far as they were asked for and have answered.
+    saved: Vec<Option<Result<Vec<u8>, HypervisorError>>>,
 }
 
 /// Starts a thread for each vCPU. All are bound before any runs.
@@ -78,6 +106,8 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         ended: count == 0,
         paused: false,
         parked: 0,
+        saving: false,
+        saved: Vec::new(),
     };
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
@@ -90,17 +120,17 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
     let mut starts = Vec::with_capacity(count);
     let mut threads = Vec::with_capacity(count);
     let mut failed = None;
-    for (index, (seed, setup)) in parts.vcpus.into_iter().enumerate() {
+    for (index, (seed, begin)) in parts.vcpus.into_iter().enumerate() {
         let (start, go) = mpsc::channel();
         let thread = Thread {
+            index,
             shared: Arc::clone(&shared),
             report: report.clone(),
             go,
         };
         let buses = Arc::clone(&parts.buses);
         let name = format!("vcpu{index}");
-        let spawned =
-            threads::builder(name.clone()).spawn(move || thread.run(seed, &setup, &buses));
+        let spawned = threads::builder(name.clone()).spawn(move || thread.run(seed, begin, &buses));
         match spawned {
             Ok(handle) => {
                 threads.push(handle);
@@ -126,12 +156,15 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         shared,
         threads: Mutex::new(threads),
         handles: parts.handles,
-        _keep: parts.keep,
+        save_vm: parts.save_vm,
+        memory: parts.memory,
     };
     match failed {
         // Dropping the senders and `running` ends the threads.
         Some(error) => Err(error),
         None => {
+            // Devices of a restored VM work on its memory: not before all else has come well.
+            running.shared.devices.start_restored();
             for start in starts {
                 // The thread waits for it.
                 let _ = start.send(());
@@ -142,13 +175,14 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
 }
 
 struct Thread {
+    index: usize,
     shared: Arc<Shared>,
     report: Sender<Result<(), HypervisorError>>,
     go: Receiver<()>,
 }
 
 impl Thread {
-    fn run<S: VcpuSeed>(self, seed: S, setup: &Setup<S>, buses: &Buses) {
+    fn run<S: VcpuSeed>(self, seed: S, begin: Begin<S::Vcpu>, buses: &Buses) {
         // Counts this vCPU out whatever happens: also when a device panics below it.
         let mut out = CountOut {
             shared: &self.shared,
@@ -156,7 +190,7 @@ impl Thread {
         };
         let mut vcpu = match seed
             .bind()
-            .and_then(|mut vcpu| vcpu.boot(setup).map(|()| vcpu))
+            .and_then(|mut vcpu| begin.apply(&mut vcpu).map(|()| vcpu))
         {
             Ok(vcpu) => vcpu,
             Err(error) => {
@@ -166,6 +200,7 @@ impl Thread {
             }
         };
         // Its state is set; all that is left is to run.
+        drop(begin);
         threads::narrow(&vcpu::VCPU);
         let _ = self.report.send(Ok(()));
         out.exit = match self.go.recv() {
@@ -173,7 +208,11 @@ impl Thread {
             Err(mpsc::RecvError) => Some(Exit::Stopped),
         };
         if out.exit.is_none() {
-            out.exit = Some(vcpu::run(&mut vcpu, buses, &*self.shared));
+            let post = Post {
+                shared: &self.shared,
+                index: self.index,
+            };
+            out.exit = Some(vcpu::run(&mut vcpu, buses, &post));
         }
         // The vCPU goes on its own thread, before it is counted out.
         drop(vcpu);
@@ -225,26 +264,78 @@ impl Shared {
     }
 }
 
-impl Gate for Shared {
+/// The gate as one vCPU meets it.
+struct Post<'a> {
+    shared: &'a Shared,
+    index: usize,
+}
+
+impl Gate for Post<'_> {
     fn is_closed(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
+        self.shared.stop.load(Ordering::SeqCst)
     }
 
-    fn rest(&self) -> bool {
-        let mut state = self.lock();
+    fn rest(&self, save: &mut dyn FnMut() -> Result<Vec<u8>, HypervisorError>) -> bool {
+        let shared = self.shared;
+        let mut state = shared.lock();
         if !state.paused || state.exit.is_some() {
             return false;
         }
         state.parked += 1;
-        self.changed.notify_all();
+        shared.changed.notify_all();
         while state.paused && state.exit.is_none() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            if matches!(state.saved.get(self.index), Some(None)) {
+                drop(state);
+                let saved = save();
+                state = shared.lock();
+                if let Some(place) = state.saved.get_mut(self.index) {
+                    *place = Some(saved);
+                }
+                shared.changed.notify_all();
+                continue;
+            }
+            let changed = &shared.changed;
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
         true
+    }
+}
+
+/// A pause that cannot end, while a VM is saved.
+pub(super) struct Held<'a>(&'a Shared);
+
+impl Held<'_> {
+    /// The state of every vCPU, in order.
+    pub(super) fn save_vcpus(&self) -> Result<Vec<Vec<u8>>, SaveError> {
+        let mut state = self.0.lock();
+        state.saved = self.0.kickers.iter().map(|_| None).collect();
+        self.0.changed.notify_all();
+        while state.exit.is_none() && state.saved.iter().any(Option::is_none) {
+            let changed = &self.0.changed;
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let saved = std::mem::take(&mut state.saved);
+        drop(state);
+        let vcpus = saved
+            .into_iter()
+            .map(|saved| Ok(saved.ok_or(SaveError::Ended)??));
+        vcpus.collect()
+    }
+
+    /// Whether the VM has not ended meanwhile.
+    pub(super) fn check(&self) -> Result<(), SaveError> {
+        match self.0.lock().exit {
+            Some(_) => Err(SaveError::Ended),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.lock().saving = false;
+        self.0.changed.notify_all();
     }
 }
 
@@ -284,10 +375,32 @@ impl Running {
         }
     }
 
-    /// Lets vCPUs go on.
+    /// Lets vCPUs go on, once nobody saves them any more.
     pub(super) fn resume(&self) {
-        self.shared.lock().paused = false;
+        let mut state = self.shared.lock();
+        while state.saving {
+            let changed = &self.shared.changed;
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.paused = false;
         self.shared.changed.notify_all();
+    }
+
+    /// Keeps a paused VM paused.
+    pub(super) fn hold(&self) -> Result<Held<'_>, SaveError> {
+        let mut state = self.shared.lock();
+        while state.saving {
+            let changed = &self.shared.changed;
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.exit.is_some() {
+            return Err(SaveError::Ended);
+        }
+        if !state.paused || state.parked != state.running {
+            return Err(SaveError::Running);
+        }
+        state.saving = true;
+        Ok(Held(&self.shared))
     }
 
     pub(super) fn stop(&self) {

@@ -4,6 +4,8 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
+mod snapshot;
+
 use std::arch::global_asm;
 use std::fs::File;
 use std::io::{Read, Write};

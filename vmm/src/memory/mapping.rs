@@ -103,6 +103,21 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Puts `len` bytes of another file in place of what a private file had at `offset`, as privately.
+    pub(super) fn overlay(&self, offset: u64, len: u64, file: &File, from: u64) -> io::Result<()> {
+        let whole = [offset, len, from]
+            .iter()
+            .all(|value| value.is_multiple_of(host_page()));
+        if self.backing != Backing::PrivateFile || !whole || len == 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let (offset, len) = self.range(offset, len)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        self.place(offset, len, flags, Some((file, from)))?;
+        self.advise(offset, len);
+        Ok(())
+    }
+
     pub(super) fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }

@@ -178,6 +178,30 @@ impl GuestMemory {
         })
     }
 
+    /// Lays a part of another file over memory that was made [`from_file`](Self::from_file), within
+    /// one region; all as there.
+    ///
+    /// # Errors
+    /// Another range, a file that is too short, or a host that refuses.
+    pub fn overlay(&self, file: &File, range: FileRange) -> Result<(), MemoryError> {
+        let FileRange {
+            start,
+            size,
+            offset,
+        } = range;
+        let map = |source| MemoryError::Map { size, source };
+        let needed = offset.saturating_add(size);
+        let len = file.metadata().map_err(map)?.len();
+        if len < needed {
+            return Err(MemoryError::ShortFile { len, needed });
+        }
+        let (region, at) = self.place(start, size).map_err(|_| MemoryError::BadRange {
+            start: start.0,
+            size,
+        })?;
+        region.mapping.overlay(at, size, file, offset).map_err(map)
+    }
+
     fn build(
         ranges: &[(GuestAddress, u64)],
         make: impl Fn(usize, usize) -> io::Result<Mapping>,

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{Buffer, Guest};
 use crate::devices::virtio::queue::Virtqueue;
-use crate::devices::virtio::{ActiveQueue, F_RING_EVENT_IDX};
+use crate::devices::virtio::{ActiveQueue, F_RING_EVENT_IDX, Position};
 use crate::sys::doorbell::Doorbell;
 
 /// Descriptor flags.
@@ -116,14 +116,25 @@ impl DriverQueue {
 
     /// The device's half.
     pub fn device_side(&self) -> Virtqueue {
+        self.device_side_of(self.ring())
+    }
+
+    fn device_side_of(&self, ring: Queue) -> Virtqueue {
         let event_idx = self.features & F_RING_EVENT_IDX != 0;
-        Virtqueue::new(
-            self.index,
-            self.guest.memory().clone(),
-            self.ring(),
-            event_idx,
-        )
-        .expect("a valid queue")
+        let memory = self.guest.memory().clone();
+        Virtqueue::new(self.index, memory, ring, event_idx).expect("a valid queue")
+    }
+
+    /// The device's half of a queue that goes on from `position`, with its doorbell.
+    pub fn activate_at(&self, position: Position) -> ActiveQueue {
+        let mut ring = self.ring();
+        ring.set_next_avail(position.avail);
+        ring.set_next_used(position.used);
+        ActiveQueue {
+            index: self.index,
+            queue: self.device_side_of(ring),
+            doorbell: self.bell.try_clone().expect("a doorbell"),
+        }
     }
 
     /// The device's half with its doorbell.

@@ -14,6 +14,8 @@ mod driver;
 mod guest;
 pub mod hostile;
 mod kernel;
+#[cfg(target_os = "linux")]
+pub mod residency;
 mod rig;
 pub mod suite;
 

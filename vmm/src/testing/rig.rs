@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Buffer, DriverQueue, Guest, Used};
 use crate::devices::virtio::{
     ActivateError, Activation, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1, Faults,
-    Interrupt, VirtioDevice,
+    Interrupt, Saved, VirtioDevice,
 };
 use crate::sys::reactor::ManualReactor;
 
@@ -83,6 +83,31 @@ impl<D: VirtioDevice> Rig<D> {
             .iter()
             .map(|&index| self.queues[usize::from(index)].activate())
             .collect();
+        self.device.activate(Activation {
+            memory: self.guest.memory().clone(),
+            queues,
+            features,
+            interrupt: self.interrupt.clone(),
+            reactor: self.reactor.handle(),
+            faults: self.faults.clone(),
+        })
+    }
+
+    /// Puts `device` in place of the present one, which is held still: it becomes what that one is
+    /// and goes on with its queues, for a driver that notices nothing.
+    pub fn replace(&mut self, mut device: D, features: u64) -> Result<(), ActivateError> {
+        let Saved {
+            queues,
+            device: state,
+        } = self.device.save();
+        device.restore(state).expect("a state of its own kind");
+        let queues = queues
+            .into_iter()
+            .map(|(index, position)| self.queues[usize::from(index)].activate_at(position))
+            .collect();
+        self.device = device;
+        self.interrupt = Interrupt::recording();
+        self.faults = Faults::recording();
         self.device.activate(Activation {
             memory: self.guest.memory().clone(),
             queues,

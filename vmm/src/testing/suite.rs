@@ -17,6 +17,8 @@ pub fn run<D: VirtioDevice>(make: impl Fn() -> D, prove: impl Fn(&mut Rig<D>)) {
     incomplete(&mut Rig::new(make()), &prove);
     reset_and_reactivate(&mut Rig::new(make()), &prove);
     fault_then_reset(&mut Rig::new(make()), &prove);
+    still(&mut Rig::new(make()), &prove);
+    saved_and_restored(&mut Rig::new(make()), &make, &prove);
 }
 
 /// Drives a device with a script of misdeeds made from `bytes`, then resets it and proves that it
@@ -189,6 +191,67 @@ fn fault_then_reset<D: VirtioDevice>(rig: &mut Rig<D>, prove: &impl Fn(&mut Rig<
         rig.activate();
         prove(rig);
         assert_eq!(rig.faults.count(), 0);
+        rig.device.reset();
+    }
+}
+
+/// A device that is held still touches nothing, and goes on as if nothing had been.
+fn still<D: VirtioDevice>(rig: &mut Rig<D>, prove: &impl Fn(&mut Rig<D>)) {
+    // Inactive, it has nothing to stop.
+    rig.device.quiesce().expect("an inactive device");
+    rig.device.resume().expect("an inactive device");
+    rig.activate();
+    for _ in 0..2 {
+        prove(rig);
+        rig.device.quiesce().expect("an active device");
+        let (before, saved) = (snapshot(rig), rig.device.save());
+        for queue in &rig.queues {
+            queue.ring_bell();
+        }
+        rig.run();
+        assert!(
+            snapshot(rig) == before,
+            "a device held still touched memory"
+        );
+        assert_eq!(rig.device.save(), saved);
+        rig.device.quiesce().expect("a device held still");
+        rig.device.resume().expect("a device held still");
+        rig.run();
+        assert_eq!(rig.faults.count(), 0);
+    }
+    prove(rig);
+    // A reset ends it in either state.
+    rig.device.quiesce().expect("an active device");
+    rig.device.reset();
+    rig.activate();
+    prove(rig);
+}
+
+/// What was saved makes another device the same, whose driver goes on with it.
+fn saved_and_restored<D: VirtioDevice>(
+    rig: &mut Rig<D>,
+    make: &impl Fn() -> D,
+    prove: &impl Fn(&mut Rig<D>),
+) {
+    let mut fresh = make();
+    fresh
+        .restore(rig.device.save().device)
+        .expect("a fresh state");
+    assert_eq!(fresh.save(), rig.device.save());
+    for features in [rig.all_features(), rig.device.features() | F_VERSION_1] {
+        rig.activate_with(features, u16::MAX).expect("activation");
+        prove(rig);
+        for _ in 0..2 {
+            rig.device.quiesce().expect("an active device");
+            let saved = rig.device.save();
+            let mut twin = make();
+            twin.restore(saved.device.clone()).expect("its own state");
+            assert_eq!(twin.save().device, saved.device);
+            rig.replace(make(), features).expect("its own state");
+            rig.run();
+            prove(rig);
+            assert_eq!(rig.faults.count(), 0);
+        }
         rig.device.reset();
     }
 }

@@ -16,6 +16,8 @@ use crate::{build, kernel, lab, paths};
 
 /// One whole run, in the lab on two slow processors.
 const LIMIT: Duration = Duration::from_secs(40 * 60);
+/// One container more, in the lab.
+const RUN: Duration = Duration::from_secs(30);
 /// How many of the slowest tests are named.
 const SLOWEST: usize = 10;
 
@@ -50,22 +52,26 @@ impl Report {
     }
 }
 
-/// Runs those whose name contains `filter`, on each of `versions`.
-pub(super) fn run(versions: &[Version], filter: Option<&str>) -> Result<Vec<Report>> {
+/// Runs those whose name contains `filter`, on each of `versions`; `runs` is what is repeated.
+pub(super) fn run(
+    versions: &[Version],
+    filter: Option<&str>,
+    runs: Option<u32>,
+) -> Result<Vec<Report>> {
     build::build(&kernel::ensure()?)?;
     let place = host::place();
     host::announce(&place);
     let reports: Vec<Report> = step("end-to-end tests", || match place {
         Place::Native => versions
             .iter()
-            .map(|version| on_one(&place, *version, filter))
+            .map(|version| on_one(&place, *version, filter, runs))
             .collect(),
         Place::Lab(_) => {
             lab::prepare()?;
             thread::scope(|scope| {
                 let runs: Vec<_> = versions
                     .iter()
-                    .map(|version| scope.spawn(|| on_one(&place, *version, filter)))
+                    .map(|version| scope.spawn(|| on_one(&place, *version, filter, runs)))
                     .collect();
                 runs.into_iter()
                     .map(|run| run.join().map_err(|_| anyhow!("a run panicked"))?)
@@ -77,7 +83,12 @@ pub(super) fn run(versions: &[Version], filter: Option<&str>) -> Result<Vec<Repo
     Ok(reports)
 }
 
-fn on_one(place: &Place, version: Version, filter: Option<&str>) -> Result<Report> {
+fn on_one(
+    place: &Place,
+    version: Version,
+    filter: Option<&str>,
+    runs: Option<u32>,
+) -> Result<Report> {
     // One at a time: a lab has two slow processors, and tests compare what is left before and after.
     let mut args = vec!["--test-threads=1".to_owned()];
     if version != Version::Newest {
@@ -87,6 +98,7 @@ fn on_one(place: &Place, version: Version, filter: Option<&str>) -> Result<Repor
         // The lab's own containerd holds the images already.
         args.push(format!("--containerd-address={}", lab::CONTAINERD));
     }
+    args.extend(runs.map(|runs| format!("--runs={runs}")));
     args.extend(filter.map(str::to_owned));
     let out = paths::products().join("e2e").join(version.name());
     paths::remove_dir(&out)?;
@@ -94,7 +106,7 @@ fn on_one(place: &Place, version: Version, filter: Option<&str>) -> Result<Repor
         program: "e2e",
         containerd: version,
         args: &args,
-        timeout: Some(LIMIT),
+        timeout: Some(LIMIT + RUN * runs.unwrap_or(0)),
         out: Some(out),
         icount: false,
     };

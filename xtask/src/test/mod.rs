@@ -26,6 +26,9 @@ pub(crate) struct Args {
     /// Also every fuzz target for so many seconds each
     #[arg(long, env = "FUZZ_SECONDS", value_name = "SECONDS")]
     fuzz: Option<u64>,
+    /// How many containers `faults::one_after_the_other` runs
+    #[arg(long, env = "RUNS")]
+    runs: Option<u32>,
     /// Everything but the end-to-end tests; what `make check` does
     #[arg(long)]
     quick: bool,
@@ -52,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         let versions = args
             .containerd
             .map_or_else(|| Version::ALL.to_vec(), |one| vec![one]);
-        let reports = e2e::run(&versions, filter)?;
+        let reports = e2e::run(&versions, filter, args.runs)?;
         for report in &reports {
             total.add(report.total);
             good &= report.good;

@@ -2,11 +2,11 @@
 //! which nothing is left.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::Mount;
 use libtest_mimic::Trial;
 use supermachine_tests::bundle::{Bundle, spec};
@@ -14,7 +14,8 @@ use supermachine_tests::shim::{Event, Shim, ShimConfig, new_id, refusal};
 use ttrpc::Code;
 
 use crate::driven::shim;
-use crate::leftovers::leaves_nothing;
+use crate::initramfs;
+use crate::leftovers::{freeze, leaves_nothing};
 use crate::support::{World, equal};
 
 const DEFAULT_CONFIG: &str = "/etc/supermachine/config.toml";
@@ -370,61 +371,13 @@ fn command_not_found(world: &World) -> Result<()> {
     })
 }
 
-/// An initramfs in newc format (Documentation/driver-api/early-userspace/buffer-format.rst) whose
-/// /init waits for ever.
-fn silent_initramfs(world: &World) -> Result<PathBuf> {
-    let busybox = fs::read(world.busybox()?.join("bin/busybox"))?;
-    let script = b"#!/busybox sh\nwhile :; do /busybox sleep 1000; done\n";
-    let mut archive = Vec::new();
-    for (inode, (name, mode, data)) in (1u32..).zip([
-        ("busybox", 0o100_755u32, busybox.as_slice()),
-        ("init", 0o100_755, script),
-        ("TRAILER!!!", 0, b""),
-    ]) {
-        write!(archive, "070701")?;
-        let fields = [
-            inode,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            u32::try_from(data.len())?,
-            0,
-            0,
-            0,
-            0,
-        ];
-        for field in fields
-            .into_iter()
-            .chain([u32::try_from(name.len())? + 1, 0])
-        {
-            write!(archive, "{field:08x}")?;
-        }
-        archive.extend(name.as_bytes());
-        archive.push(0);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(data);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    let path = world.files()?.join("silent.img");
-    fs::write(&path, archive)?;
-    Ok(path)
-}
-
 fn agent_never_answers(world: &World) -> Result<()> {
-    let initramfs = silent_initramfs(world)?;
-    let config = configured(
-        world,
-        &[
-            (
-                "kernel",
-                "initramfs",
-                &format!("{:?}", initramfs.display().to_string()),
-            ),
-            ("timeouts", "boot", "\"5s\""),
-        ],
-    )?;
+    let silent = initramfs::silent(world)?;
+    let keys = [
+        ("kernel", "initramfs", silent.as_str()),
+        ("timeouts", "boot", "\"5s\""),
+    ];
+    let config = configured(world, &keys)?;
     leaves_nothing(world, || {
         let id = new_id();
         let bundles = world.files()?.join("bundles");
@@ -459,13 +412,4 @@ fn agent_stops_answering(world: &World) -> Result<()> {
         equal(shim.wait()?.exit_status, 137)?;
         shim.delete().map(drop)
     })
-}
-
-fn freeze(pid: u32) -> Result<()> {
-    let target = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-    nix::sys::signal::kill(target, nix::sys::signal::Signal::SIGSTOP)?;
-    if !Path::new(&format!("/proc/{pid}")).exists() {
-        bail!("process {pid} is gone");
-    }
-    Ok(())
 }

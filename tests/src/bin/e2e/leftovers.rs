@@ -1,7 +1,12 @@
 //! Nothing is left on the host after delete.
 
-use anyhow::{Result, ensure};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use supermachine_tests::traces::{Traces, open_files};
 use supermachine_tests::{BUSYBOX, until};
 
@@ -20,17 +25,12 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
 /// Takes traces, does `work`, and waits until there are no others.
 pub(crate) fn leaves_nothing(world: &World, work: impl FnOnce() -> Result<()>) -> Result<()> {
     // The first container of a host makes what later ones share, such as images of layers.
-    world.host.sh("true")?.success()?;
-    let take = || {
-        let containerd = world.host.containerd.as_deref();
-        let state = containerd.map(|containerd| containerd.state());
-        Traces::take(
-            &state
-                .iter()
-                .map(std::path::PathBuf::as_path)
-                .collect::<Vec<_>>(),
-        )
-    };
+    static SHARED: OnceLock<()> = OnceLock::new();
+    if SHARED.get().is_none() {
+        world.host.sh("true")?.success()?;
+        SHARED.get_or_init(|| ());
+    }
+    let take = || take(world);
     let before = take()?;
     let files_before = containerd_files(world)?;
     work()?;
@@ -48,12 +48,15 @@ pub(crate) fn leaves_nothing(world: &World, work: impl FnOnce() -> Result<()>) -
     )
 }
 
-fn containerd_files(world: &World) -> Result<usize> {
-    world
-        .host
-        .containerd
-        .as_ref()
-        .map_or(Ok(0), |containerd| open_files(containerd.pid()))
+/// What there is now.
+pub(crate) fn take(world: &World) -> Result<Traces> {
+    let containerd = world.host.containerd.as_deref();
+    let state: Option<PathBuf> = containerd.map(|containerd| containerd.state());
+    Traces::take(&state.iter().map(PathBuf::as_path).collect::<Vec<&Path>>())
+}
+
+pub(crate) fn containerd_files(world: &World) -> Result<usize> {
+    open_files(world.host.ctr.server()?)
 }
 
 fn of_a_run(world: &World) -> Result<()> {
@@ -119,9 +122,16 @@ fn pid(world: &World, id: &str) -> Result<u32> {
 }
 
 pub(crate) fn kill_9(pid: u32) -> Result<()> {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-    Ok(nix::sys::signal::kill(
-        pid,
-        nix::sys::signal::Signal::SIGKILL,
-    )?)
+    signal(pid, Signal::SIGKILL)
+}
+
+/// Stops a process: it does nothing more until it is killed.
+pub(crate) fn freeze(pid: u32) -> Result<()> {
+    signal(pid, Signal::SIGSTOP)
+}
+
+fn signal(pid: u32, signal: Signal) -> Result<()> {
+    // 0 and what is below are no processes, and more than one.
+    ensure!(pid > 1, "process {pid}");
+    kill(Pid::from_raw(i32::try_from(pid)?), signal).with_context(|| format!("process {pid}"))
 }

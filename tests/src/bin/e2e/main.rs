@@ -21,6 +21,8 @@ mod docker;
 mod driven;
 mod examples;
 mod exec;
+mod faults;
+mod initramfs;
 mod input;
 mod kernels;
 mod leftovers;
@@ -55,8 +57,11 @@ const ONCE: &[&str] = &[
     "docker",
     "driven",
     "examples",
+    "faults",
     "kernels",
 ];
+/// What in such a group is about containerd all the same.
+const WITH_CONTAINERD: &str = "faults::containerd_";
 
 #[derive(Debug, Parser)]
 #[command(about = "End-to-end tests of supermachine")]
@@ -76,6 +81,9 @@ struct Options {
     /// The most that one step may take, in seconds
     #[arg(long, default_value_t = 120)]
     deadline: u64,
+    /// How many containers `faults::one_after_the_other` runs
+    #[arg(long, default_value_t = 10)]
+    runs: u32,
     /// Leave out the tests that one containerd is enough for: a run on another has them
     #[arg(long)]
     only_containerd: bool,
@@ -118,6 +126,7 @@ fn run(options: Options) -> Result<ExitCode> {
         versions::tests,
         snapshotters::tests,
         docker::tests,
+        faults::tests,
     ];
     if arguments.list {
         let listed = suites
@@ -132,6 +141,7 @@ fn run(options: Options) -> Result<ExitCode> {
         options.images,
         options.snapshotter,
         Duration::from_secs(options.deadline),
+        options.runs,
     )
     .context("prepare the tests")?;
     println!("containerd {}", world.release);
@@ -153,5 +163,5 @@ fn run(options: Options) -> Result<ExitCode> {
 
 fn on_every_containerd(test: &Trial) -> bool {
     let group = test.name().split("::").next().unwrap_or_default();
-    !ONCE.contains(&group)
+    !ONCE.contains(&group) || test.name().starts_with(WITH_CONTAINERD)
 }

@@ -27,6 +27,8 @@ pub(crate) struct World {
     pub(crate) images: PathBuf,
     /// The containerd with all snapshotters, once a test has started it.
     pub(crate) snapshots: Arc<Mutex<Option<Snapshots>>>,
+    /// How often what is about repetition repeats.
+    pub(crate) runs: u32,
 }
 
 impl World {
@@ -36,6 +38,7 @@ impl World {
         images: PathBuf,
         snapshotter: Option<String>,
         deadline: Duration,
+        runs: u32,
     ) -> Result<Self> {
         let containerd = match address {
             Some(_) => None,
@@ -68,6 +71,7 @@ impl World {
             files: Arc::new(Some(files)),
             images,
             snapshots: Arc::default(),
+            runs,
         })
     }
 
@@ -86,6 +90,7 @@ impl World {
             files: Arc::new(None),
             images: PathBuf::new(),
             snapshots: Arc::default(),
+            runs: 0,
         }
     }
 

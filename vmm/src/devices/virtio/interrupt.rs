@@ -45,6 +45,13 @@ impl Lines {
         })
     }
 
+    /// Raises the interrupt once more if the driver has not acknowledged all of it.
+    pub(super) fn repeat(&self) {
+        if self.interrupt_status.load(Ordering::SeqCst) != 0 {
+            (self.raise)();
+        }
+    }
+
     /// Every status update is followed by a pulse: the line may be shared and is edge-triggered, so
     /// an edge left out because the bit was still set could be the one the driver waits for.
     fn signal(&self, cause: u32) {

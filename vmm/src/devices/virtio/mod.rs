@@ -2,6 +2,7 @@
 //! the guest: the transport owns the status machine, feature words and queue registers, and hands
 //! over configured queues in an [`Activation`].
 
+mod active;
 pub mod balloon;
 pub mod block;
 pub mod console;
@@ -9,6 +10,7 @@ mod interrupt;
 pub mod metrics;
 pub mod queue;
 pub mod rng;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod transport;
@@ -17,6 +19,7 @@ pub mod vsock;
 use std::io;
 
 pub use interrupt::{FaultObserver, Faults, Interrupt};
+pub use state::{DeviceState, Position, Positions, QuiesceError, Saved, StateError};
 
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::memory::GuestMemory;
@@ -63,7 +66,8 @@ pub const F_VERSION_1: u64 = 1 << 32;
 /// What a device is to its transport.
 ///
 /// Life: made by its constructor, activated when the driver sets DRIVER_OK, reset by the driver or by
-/// the VM's end, perhaps activated again. All calls come one at a time.
+/// the VM's end, perhaps activated again. An active one may be held still, saved and resumed; a fresh
+/// one may be restored before it is activated. All calls come one at a time.
 pub trait VirtioDevice: Send {
     /// Name for logs and metrics, such as `block0`; unique in its VM.
     fn id(&self) -> &str;
@@ -91,6 +95,36 @@ pub trait VirtioDevice: Send {
 
     /// Stops all work and forgets the queues. May be called on an inactive device.
     fn reset(&mut self);
+
+    /// Holds an active device still, between two requests: it touches neither guest memory nor its
+    /// backend until it is resumed or reset. An inactive device is still by itself.
+    ///
+    /// # Errors
+    /// The device's thread is gone.
+    fn quiesce(&mut self) -> Result<(), QuiesceError>;
+
+    /// Lets a device that is held still go on.
+    ///
+    /// # Errors
+    /// As [`activate`](Self::activate).
+    fn resume(&mut self) -> Result<(), ActivateError>;
+
+    /// What a device that is held still, or inactive, is. Requests it has taken and not answered are
+    /// not of it: a restored device takes them anew.
+    fn save(&self) -> Saved;
+
+    /// Makes a device that was never active what another was when it was saved; activation follows
+    /// if that one was active. `state` may be anybody's.
+    ///
+    /// # Errors
+    /// A state that this device can't have.
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError>;
+
+    /// Whether, after [`restore`](Self::restore), configuration space reads differently from what the
+    /// driver may have read before.
+    fn config_changed(&self) -> bool {
+        false
+    }
 }
 
 /// All a device needs while it is active.
@@ -136,6 +170,13 @@ pub struct ActiveQueue {
     pub queue: Virtqueue,
     /// Rung by the driver's notification.
     pub doorbell: Doorbell,
+}
+
+impl ActiveQueue {
+    /// Where a restored device goes on that is to take the last `held` chains anew.
+    pub(crate) fn position(&self, held: usize) -> (u16, Position) {
+        (self.index, self.queue.position(held))
+    }
 }
 
 /// Why a device could not start working.

@@ -4,11 +4,15 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use super::active::{self, Active};
 use super::metrics::Counter;
 use super::queue::Chain;
-use super::{ActivateError, Activation, ActiveQueue, Faults, Interrupt, VirtioDevice};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceState, Faults, Interrupt, QuiesceError, Saved,
+    StateError, VirtioDevice,
+};
 use crate::sys::random;
-use crate::sys::reactor::{self, Control, Interest, Readiness, Running};
+use crate::sys::reactor::{self, Control, Interest, Readiness};
 
 /// Device ID (virtio 1.2, 5.4.1).
 const TYPE: u32 = 4;
@@ -35,7 +39,7 @@ pub struct Metrics {
 pub struct Rng {
     source: Arc<Source>,
     metrics: Arc<Metrics>,
-    running: Option<Running<Worker>>,
+    running: Option<Active<Worker>>,
 }
 
 impl Rng {
@@ -99,12 +103,38 @@ impl VirtioDevice for Rng {
             interrupt: activation.interrupt,
             faults: activation.faults,
         };
-        self.running = Some(activation.reactor.spawn(worker)?);
+        self.running = Some(Active::spawn(activation.reactor, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.running = None;
+    }
+
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        active::quiesce(&mut self.running, "rng0")
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        Ok(active::resume(&mut self.running)?)
+    }
+
+    fn save(&self) -> Saved {
+        let worker = self.running.as_ref().and_then(Active::still);
+        Saved {
+            queues: worker
+                .map(|worker| worker.queue.position(0))
+                .into_iter()
+                .collect(),
+            device: DeviceState::Rng,
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            other => Err(StateError::kind(&other, "rng")),
+        }
     }
 }
 

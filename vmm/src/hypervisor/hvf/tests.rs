@@ -452,7 +452,7 @@ impl Gate for Open {
         false
     }
 
-    fn rest(&self) -> bool {
+    fn rest(&self, _: &mut dyn FnMut() -> Result<Vec<u8>, HypervisorError>) -> bool {
         false
     }
 }

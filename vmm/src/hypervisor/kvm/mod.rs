@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+mod calls;
 mod irq;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
 use x86_64::Extent;
 
+pub(crate) use calls::SAVE_VCPU;
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
 pub use x86_64::{VcpuState, VmState};

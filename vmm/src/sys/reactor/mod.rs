@@ -242,13 +242,21 @@ impl<W: Worker> Running<W> {
     }
 
     /// Stops the worker between two events and returns it with everything it owns.
-    pub fn stop(mut self) -> Result<W, Stopped> {
+    pub fn stop(self) -> Result<W, Stopped> {
+        self.stop_with(|_| ())
+    }
+
+    /// The same, with something to be done last, on the reactor's thread, when no event comes any
+    /// more.
+    pub fn stop_with(mut self, finish: impl FnOnce(&mut W) + Send + 'static) -> Result<W, Stopped> {
         self.taken = true;
         let id = self.id;
-        let worker = self
-            .handle
-            .ask(move |core| core.unseat(id))?
-            .ok_or(Stopped)?;
+        let stop = move |core: &mut Core| {
+            let mut worker = core.unseat(id)?;
+            worker.as_any().downcast_mut::<W>().map(finish);
+            Some(worker)
+        };
+        let worker = self.handle.ask(stop)?.ok_or(Stopped)?;
         worker
             .into_any()
             .downcast::<W>()

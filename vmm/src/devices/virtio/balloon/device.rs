@@ -7,14 +7,18 @@ use std::sync::atomic::Ordering;
 
 use super::handle::Shared;
 use super::reclaim::Pages;
+use super::state::BalloonState;
 use super::worker::{Queues, Worker};
 use super::{
     BalloonConfig, F_DEFLATE_ON_OOM, F_FREE_PAGE_HINT, F_MUST_TELL_HOST, F_PAGE_POISON,
     F_PAGE_REPORTING, F_STATS_VQ, Handle, Host, PAGE, TYPE,
 };
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::devices::virtio::active::{self, Active};
+use crate::devices::virtio::{
+    ActivateError, Activation, DeviceState, QuiesceError, Saved, StateError, VirtioDevice,
+    read_config_bytes,
+};
 use crate::memory::GuestMemory;
-use crate::sys::reactor::Running;
 
 /// Linux wants room for 32 pages at once to report any.
 const QUEUE_SIZE: u16 = 128;
@@ -29,7 +33,9 @@ pub struct Balloon {
     config: BalloonConfig,
     shared: Arc<Shared>,
     host_of: Box<HostOf>,
-    running: Option<Running<Worker>>,
+    running: Option<Active<Worker>>,
+    /// What the driver that is to go on had.
+    restored: Option<BalloonState>,
 }
 
 impl Balloon {
@@ -52,6 +58,7 @@ impl Balloon {
             shared,
             host_of,
             running: None,
+            restored: None,
         })
     }
 
@@ -139,6 +146,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let restored = self.restored.take();
         self.reset();
         let features = activation.features;
         let has = |feature: u64| features & feature != 0;
@@ -165,8 +173,13 @@ impl VirtioDevice for Balloon {
         let interrupt = activation.interrupt.clone();
         let reactor = activation.reactor.clone();
         let pages = Pages::new(&activation.memory, host, may_discard, has(F_PAGE_POISON));
-        let worker = Worker::new(activation, queues, pages, Arc::clone(&self.shared));
-        self.running = Some(reactor.spawn(worker)?);
+        let mut worker = Worker::new(activation, queues, pages, Arc::clone(&self.shared));
+        if let Some(state) = restored {
+            worker.put_in(&state.inside);
+            self.shared.poison.store(state.poison, Ordering::SeqCst);
+            self.shared.set_actual(state.actual);
+        }
+        self.running = Some(Active::spawn(reactor, worker)?);
         self.shared.set_interrupt(Some(interrupt));
         self.shared.hints.set_possible(has(F_FREE_PAGE_HINT));
         Ok(())
@@ -175,9 +188,50 @@ impl VirtioDevice for Balloon {
     fn reset(&mut self) {
         self.shared.set_interrupt(None);
         self.running = None;
+        self.restored = None;
         // The driver's balloon ends with the driver; the target is the host's and stays.
         self.shared.hints.set_possible(false);
         self.shared.poison.store(0, Ordering::SeqCst);
         self.shared.set_actual(0);
+    }
+
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        active::quiesce(&mut self.running, "balloon0")
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        Ok(active::resume(&mut self.running)?)
+    }
+
+    fn save(&self) -> Saved {
+        let worker = self.running.as_ref().and_then(Active::still);
+        let restored = self.restored.as_ref();
+        let inactive = || {
+            let inside = restored.map(|state| state.inside.clone());
+            (Vec::new(), inside.unwrap_or_default())
+        };
+        let (queues, inside) = worker.map_or_else(inactive, Worker::save);
+        Saved {
+            queues,
+            device: DeviceState::Balloon(BalloonState {
+                offers: self.config,
+                target: self.shared.target.load(Ordering::SeqCst),
+                actual: self.shared.actual.load(Ordering::SeqCst),
+                poison: self.shared.poison.load(Ordering::SeqCst),
+                inside,
+            }),
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(StateError::kind(&state, "balloon"));
+        };
+        state.check(self.shared.limit)?;
+        self.shared.target.store(state.target, Ordering::SeqCst);
+        self.shared.poison.store(state.poison, Ordering::SeqCst);
+        self.shared.set_actual(state.actual);
+        self.restored = Some(state);
+        Ok(())
     }
 }

@@ -15,6 +15,7 @@ mod hints;
 mod metrics;
 mod pages;
 mod reclaim;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -30,6 +31,7 @@ use crate::memory::{DiscardError, GuestMemory};
 pub use device::Balloon;
 pub use handle::{BalloonError, Handle, Report};
 pub use metrics::Metrics;
+pub use state::BalloonState;
 pub use wire::Stats;
 
 /// Bytes of a page in PFN lists, whatever the guest's own page size (virtio 1.2, 5.5.6).

@@ -73,6 +73,44 @@ impl PageSet {
         Ok(())
     }
 
+    /// What is in, as runs of first page and count.
+    pub(super) fn runs(&self) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for region in &self.regions {
+            // A region begins a run of its own, adjacent or not: nobody counts them.
+            let mut open = false;
+            for (word, first) in region.words.iter().zip((region.first..).step_by(64)) {
+                if *word == 0 {
+                    open = false;
+                    continue;
+                }
+                for (bit, pfn) in (0..64).zip(first..) {
+                    let inside = word & (1 << bit) != 0;
+                    match runs.last_mut() {
+                        Some((_, count)) if open && inside => *count += 1,
+                        _ if inside => runs.push((pfn, 1)),
+                        _ => {}
+                    }
+                    open = inside;
+                }
+            }
+        }
+        runs
+    }
+
+    /// Puts in what [`runs`](Self::runs) told; what is no RAM is passed over.
+    pub(super) fn insert_runs(&mut self, runs: &[(u64, u64)]) {
+        for &(first, count) in runs {
+            for region in &mut self.regions {
+                let from = first.max(region.first);
+                let to = first.saturating_add(count).min(region.first + region.pages);
+                for pfn in from..to {
+                    region.set(pfn, true);
+                }
+            }
+        }
+    }
+
     fn region(&mut self, pfn: u64) -> Result<&mut Region, Refused> {
         self.regions
             .iter_mut()

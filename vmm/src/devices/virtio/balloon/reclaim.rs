@@ -17,7 +17,7 @@ const MAX_FREE: u64 = 256 << 20;
 
 #[derive(Debug)]
 pub(super) struct Pages {
-    inside: PageSet,
+    pub(super) inside: PageSet,
     host: Host,
     may_discard: bool,
     /// Whether the driver has something to say about what is in free pages.

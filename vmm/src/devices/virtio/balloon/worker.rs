@@ -7,7 +7,7 @@ use super::handle::Shared;
 use super::reclaim::{Pages, read};
 use super::wire::{MAX_STATS, STAT_LEN, Stats};
 use crate::devices::virtio::queue::{Chain, ServeError};
-use crate::devices::virtio::{Activation, ActiveQueue, Faults, Interrupt};
+use crate::devices::virtio::{Activation, ActiveQueue, Faults, Interrupt, Positions};
 use crate::sys::reactor::{self, Control, Interest, Readiness};
 
 const INFLATE: usize = 0;
@@ -57,6 +57,19 @@ impl Worker {
             faults: activation.faults,
             shared,
         }
+    }
+
+    /// How far the queues are, and the pages in the balloon.
+    pub(super) fn save(&self) -> (Positions, Vec<(u64, u64)>) {
+        let held = |token| usize::from(token == STATS && self.held.is_some());
+        let queues = self.queues().into_iter();
+        let positions = queues.filter_map(|(token, queue)| Some(queue?.position(held(token))));
+        (positions.collect(), self.pages.inside.runs())
+    }
+
+    /// Has in the balloon what was there when it was saved; it was discarded then.
+    pub(super) fn put_in(&mut self, runs: &[(u64, u64)]) {
+        self.pages.inside.insert_runs(runs);
     }
 
     fn queues(&self) -> [(usize, Option<&ActiveQueue>); 5] {

@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use super::requests::Requests;
+use super::state::BlockState;
 use super::wire::{Disk, ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use super::worker::Worker;
 use super::{BlockConfig, BlockError, Metrics};
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
-use crate::sys::reactor::{Running, Stopped};
+use crate::devices::virtio::active::Active;
+use crate::devices::virtio::{
+    ActivateError, Activation, DeviceState, QuiesceError, Saved, StateError, VirtioDevice,
+    read_config_bytes,
+};
 use crate::sys::ring::{Ring, Rings};
 
 /// Device ID (virtio 1.2, 5.2.1).
@@ -32,13 +36,15 @@ pub struct Block {
     id: String,
     disk: Disk,
     metrics: Arc<Metrics>,
+    /// The driver that is to go on found another size.
+    resized: bool,
     state: State,
 }
 
 #[derive(Debug)]
 enum State {
     Inactive(Box<(Requests, Option<Ring>)>),
-    Active(Running<Worker>),
+    Active(Active<Worker>),
     /// The backend went with a reactor that ended before the disk was reset.
     Lost,
 }
@@ -87,6 +93,7 @@ impl Block {
             id,
             disk,
             metrics,
+            resized: false,
             state: State::Inactive(Box::new((requests, ring))),
         })
     }
@@ -162,14 +169,14 @@ impl VirtioDevice for Block {
         requests.write_through = activation.features & F_FLUSH == 0;
         let (interrupt, faults) = (activation.interrupt, activation.faults);
         let worker = Worker::new(queue, requests, ring, interrupt, faults);
-        self.state = State::Active(activation.reactor.spawn(worker)?);
+        self.state = State::Active(Active::spawn(activation.reactor, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Lost) {
-            State::Active(running) => match stop(running) {
-                Ok(parts) => State::Inactive(Box::new(parts)),
+            State::Active(active) => match active.stop_with(Worker::drain) {
+                Ok(worker) => State::Inactive(Box::new(worker.into_parts())),
                 Err(error) => {
                     tracing::error!(device = self.id, %error, "The disk's backend is lost");
                     State::Lost
@@ -178,12 +185,51 @@ impl VirtioDevice for Block {
             other => other,
         };
     }
-}
 
-/// Stops a worker, with nothing of its work left to be done.
-fn stop(running: Running<Worker>) -> Result<(Requests, Option<Ring>), Stopped> {
-    running.call(|worker, _| worker.drain())?;
-    Ok(running.stop()?.into_parts())
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        match &mut self.state {
+            State::Active(active) => active
+                .quiesce_with(Worker::drain)
+                .map_err(|_| QuiesceError {
+                    device: self.id.clone(),
+                }),
+            State::Inactive(_) | State::Lost => Ok(()),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        match &mut self.state {
+            State::Active(active) => Ok(active.resume()?),
+            State::Inactive(_) | State::Lost => Ok(()),
+        }
+    }
+
+    fn save(&self) -> Saved {
+        let worker = match &self.state {
+            State::Active(active) => active.still(),
+            State::Inactive(_) | State::Lost => None,
+        };
+        Saved {
+            queues: worker.map(Worker::position).into_iter().collect(),
+            device: DeviceState::Block(BlockState {
+                sectors: self.disk.sectors,
+                read_only: self.disk.read_only,
+            }),
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Block(state) = state else {
+            return Err(StateError::kind(&state, "block"));
+        };
+        state.check(self.disk)?;
+        self.resized = state.sectors != self.disk.sectors;
+        Ok(())
+    }
+
+    fn config_changed(&self) -> bool {
+        self.resized
+    }
 }
 
 /// The kernel's way to do several requests at once, if the backend and the host have one.

@@ -10,6 +10,7 @@ mod file;
 mod flights;
 mod metrics;
 mod requests;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -28,6 +29,7 @@ pub use concat::Concat;
 pub use device::Block;
 pub use file::FileBackend;
 pub use metrics::Metrics;
+pub use state::BlockState;
 
 /// The thread of a disk: reads and writes at offsets, and nothing with a name or an address.
 pub(crate) const DISK: Filter = Filter {

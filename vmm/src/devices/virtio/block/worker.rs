@@ -6,7 +6,7 @@ use super::BUDGET;
 use super::flights::Flights;
 use super::requests::Requests;
 use crate::devices::virtio::queue::ServeError;
-use crate::devices::virtio::{ActiveQueue, Faults, Interrupt};
+use crate::devices::virtio::{ActiveQueue, Faults, Interrupt, Position};
 use crate::sys::reactor::{self, Control, Interest, Readiness};
 use crate::sys::ring::Ring;
 
@@ -48,6 +48,11 @@ impl Worker {
         if let Err(error) = flights.drain(&mut self.queue, &mut self.requests, &self.interrupt) {
             tracing::debug!(%error, "Disk requests under way were not answered");
         }
+    }
+
+    /// How far the queue is. Nothing is under way.
+    pub(super) fn position(&self) -> (u16, Position) {
+        self.queue.position(0)
     }
 
     /// What the next worker needs again.

@@ -6,9 +6,10 @@ use std::sync::mpsc::SyncSender;
 use super::PortEvent;
 use super::metrics::Metrics;
 use super::port::Port;
+use super::state::ControlState;
 use super::wire::{CONTROL_LEN, FromDriver, ToDriver};
 use crate::devices::virtio::queue::{Chain, RingFault};
-use crate::devices::virtio::{ActiveQueue, Interrupt};
+use crate::devices::virtio::{ActiveQueue, Interrupt, Position};
 
 /// What a round of control messages changed.
 #[derive(Debug, Default)]
@@ -55,6 +56,31 @@ impl ControlQueues {
     /// The queues, for their doorbells.
     pub(super) fn queues(&self) -> [&ActiveQueue; 2] {
         [&self.receive, &self.transmit]
+    }
+
+    /// What a snapshot has of them: the buffers held here are taken anew.
+    pub(super) fn save(&self) -> (ControlState, [(u16, Position); 2]) {
+        let held = self.buffers.len();
+        let state = ControlState {
+            supplied: self.supplied - held as u64,
+            capacity: self.capacity,
+            sent: self.sent,
+        };
+        (
+            state,
+            [self.receive.position(held), self.transmit.position(0)],
+        )
+    }
+
+    /// Goes on where another's were; answers whether their driver had announced itself.
+    pub(super) fn restore(&mut self, state: ControlState) -> bool {
+        (self.supplied, self.capacity, self.sent) = (state.supplied, state.capacity, state.sent);
+        self.has_driver()
+    }
+
+    /// Whether the driver has announced itself.
+    pub(super) fn has_driver(&self) -> bool {
+        self.capacity.is_some()
     }
 
     /// Hears what the driver has to say; bounded by the size of the queue, twice.

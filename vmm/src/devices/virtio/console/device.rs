@@ -4,21 +4,27 @@ use std::sync::Arc;
 
 use super::handle::Shared;
 use super::port::Port;
+use super::state::ConsoleState;
 use super::worker::Worker;
 use super::{
     ConsoleConfig, ConsoleError, DEVICE_ID, F_MULTIPORT, F_SIZE, Handle, MAX_PORTS, RECEIVE_SIZE,
     TRANSMIT_SIZE,
 };
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::devices::virtio::active::{self, Active};
+use crate::devices::virtio::{
+    ActivateError, Activation, DeviceState, QuiesceError, Saved, StateError, VirtioDevice,
+    read_config_bytes,
+};
 use crate::sys::doorbell::Doorbell;
-use crate::sys::reactor::Running;
 
 /// The device; what the host does with its ports goes through a [`Handle`].
 #[derive(Debug)]
 pub struct Console {
     shared: Arc<Shared>,
     max_ports: u32,
-    running: Option<Running<Worker>>,
+    /// What the worker is to go on from.
+    restored: Option<ConsoleState>,
+    running: Option<Active<Worker>>,
 }
 
 impl Console {
@@ -48,6 +54,7 @@ impl Console {
         Ok(Self {
             shared,
             max_ports,
+            restored: None,
             running: None,
         })
     }
@@ -97,18 +104,67 @@ impl VirtioDevice for Console {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let restored = self.restored.take();
         self.reset();
         let reactor = activation.reactor.clone();
-        let worker = Worker::new(Arc::clone(&self.shared), self.max_ports, activation)?;
-        self.running = Some(reactor.spawn(worker)?);
+        let mut worker = Worker::new(Arc::clone(&self.shared), self.max_ports, activation)?;
+        if let Some(state) = restored {
+            worker.restore(&state);
+        }
+        self.running = Some(Active::spawn(reactor, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.restored = None;
         // Waits for the worker, so that nothing of it comes after this.
         if self.running.take().is_some() {
             self.shared.disconnect();
         }
+    }
+
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        active::quiesce(&mut self.running, "console0")
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        Ok(active::resume(&mut self.running)?)
+    }
+
+    fn save(&self) -> Saved {
+        let worker = self.running.as_ref().and_then(Active::still);
+        let (queues, control, taken) = match (worker, &self.restored) {
+            (Some(worker), _) => worker.save(),
+            (None, Some(state)) => {
+                let taken = state.ports.iter().map(|port| port.taken);
+                (Vec::new(), state.control, taken.collect())
+            }
+            (None, None) => Default::default(),
+        };
+        let taken = taken.into_iter().chain(std::iter::repeat(0));
+        let table = self.shared.lock();
+        let ports = table.ports.iter().zip(taken);
+        Saved {
+            queues,
+            device: DeviceState::Console(ConsoleState {
+                ports: ports.map(|(port, taken)| port.save(taken)).collect(),
+                control,
+            }),
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Console(state) = state else {
+            return Err(StateError::kind(&state, "console"));
+        };
+        state.check(self.max_ports)?;
+        let mut table = self.shared.lock();
+        for (port, state) in table.ports.iter_mut().zip(&state.ports) {
+            port.restore(state.clone());
+        }
+        drop(table);
+        self.restored = Some(state);
+        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ use super::endpoint::{Given, Input, Output, Taken};
 use super::metrics::Metrics;
 use super::port::{Guest, Port};
 use crate::devices::virtio::queue::{Chain, RingFault};
-use crate::devices::virtio::{ActiveQueue, Interrupt};
+use crate::devices::virtio::{ActiveQueue, Interrupt, Positions};
 use crate::sys::reactor::{Control, Interest};
 use crate::sys::vectored::MAX_SLICES;
 
@@ -77,6 +77,24 @@ impl Lane {
         self.receive.iter().chain(&self.transmit)
     }
 
+    /// How far the queues are, and how many bytes of the first chain taken anew are written already.
+    pub(super) fn save(&self) -> (Positions, u64) {
+        let receive = self.receive.iter().map(|queue| queue.position(0));
+        let transmit = self.transmit.iter();
+        let transmit = transmit.map(|queue| queue.position(self.pending.len()));
+        (receive.chain(transmit).collect(), self.taken)
+    }
+
+    /// Goes on where another was.
+    pub(super) fn restore(&mut self, taken: u64) {
+        self.taken = taken;
+    }
+
+    /// The worker is put back after it was held still: the reactor knows no descriptor any more.
+    pub(super) fn forget_watched(&mut self) {
+        self.watched = None;
+    }
+
     /// Moves what can be moved, both ways, and has the reactor report when there is more.
     pub(super) fn serve(
         &mut self,
@@ -136,7 +154,8 @@ impl Lane {
             let Some(output) = attachment.and_then(|attachment| attachment.output.as_mut()) else {
                 // Nobody takes it: what one attachment left must not reach the next.
                 while let Some(chain) = self.pending.pop_front() {
-                    let left = chain.readable_len() - std::mem::take(&mut self.taken);
+                    let taken = std::mem::take(&mut self.taken);
+                    let left = chain.readable_len().saturating_sub(taken);
                     metrics.discarded_bytes.add(left);
                     transmit.queue.complete(chain, 0)?;
                 }

@@ -13,6 +13,7 @@ mod handle;
 mod lane;
 pub mod metrics;
 mod port;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 pub use device::Console;
 pub use handle::{Attaching, Handle};
+pub use state::{ConsoleState, ControlState, GuestState, PortState, ToldState};
 
 /// Device ID (virtio 1.2, 5.3.1).
 const DEVICE_ID: u32 = 3;

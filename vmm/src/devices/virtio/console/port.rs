@@ -16,6 +16,7 @@
 use std::sync::mpsc::SyncSender;
 
 use super::endpoint::{Input, Output};
+use super::state::{GuestState, PortState, ToldState};
 use super::wire::ToDriver;
 use super::{PortEnds, PortEvent};
 
@@ -88,6 +89,54 @@ impl Port {
             attachment: None,
             generations: 0,
         }
+    }
+
+    /// What a snapshot has of the port: a driver that goes on finds the host's side gone, unless it
+    /// is attached before.
+    pub(super) fn save(&self, taken: u64) -> PortState {
+        let attachment = self.attachment.as_ref();
+        PortState {
+            name: self.name.clone(),
+            wanted: self.wanted,
+            guest: match self.guest {
+                Guest::Closed => GuestState::Closed,
+                Guest::Open => GuestState::Open,
+                Guest::Draining => GuestState::Draining,
+            },
+            // Otherwise the next one goes on with the opening there is.
+            stale: self.stale || attachment.is_some_and(|attachment| attachment.ended),
+            told: ToldState {
+                added: self.told.added,
+                ready: self.told.ready,
+                named: self.told.named,
+                open: self.told.open,
+                size: self.told.size,
+            },
+            close_due: self.close_due,
+            size: self.size,
+            taken,
+        }
+    }
+
+    /// Becomes what another port was.
+    pub(super) fn restore(&mut self, state: PortState) {
+        self.name = state.name;
+        self.wanted = state.wanted;
+        self.guest = match state.guest {
+            GuestState::Closed => Guest::Closed,
+            GuestState::Open => Guest::Open,
+            GuestState::Draining => Guest::Draining,
+        };
+        self.stale = state.stale;
+        self.told = Told {
+            added: state.told.added,
+            ready: state.told.ready,
+            named: state.told.named,
+            open: state.told.open,
+            size: state.told.size,
+        };
+        self.close_due = state.close_due;
+        self.size = state.size;
     }
 
     pub(super) fn guest(&self) -> Guest {

@@ -7,9 +7,12 @@ use std::thread;
 use super::control::ControlQueues;
 use super::handle::{Shared, Table};
 use super::lane::{Lane, tokens_of};
+use super::state::{ConsoleState, ControlState};
 use super::{CONTROL_RECEIVE, CONTROL_TRANSMIT, F_MULTIPORT, PortEvent, queues_of};
 use crate::devices::virtio::queue::RingFault;
-use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Faults, Interrupt};
+use crate::devices::virtio::{
+    ActivateError, Activation, ActiveQueue, Faults, Interrupt, Positions,
+};
 use crate::sys::reactor::{self, Control, Interest, Readiness};
 
 /// Token of the handles' doorbell; a queue's token is its number.
@@ -62,6 +65,35 @@ impl Worker {
             faults,
             broken: false,
         })
+    }
+
+    /// How far the queues are, what the driver was told, and the bytes taken of each port's next
+    /// buffer.
+    pub(super) fn save(&self) -> (Positions, Option<ControlState>, Vec<u64>) {
+        let mut positions = Vec::new();
+        let mut control = None;
+        if let Some(queues) = &self.control {
+            let (state, both) = queues.save();
+            control = Some(state);
+            positions.extend(both);
+        }
+        let mut taken = Vec::new();
+        for lane in &self.lanes {
+            let (queues, bytes) = lane.save();
+            positions.extend(queues);
+            taken.push(bytes);
+        }
+        (positions, control, taken)
+    }
+
+    /// Goes on where another worker was. The ports' own states are in the table already.
+    pub(super) fn restore(&mut self, state: &ConsoleState) {
+        if let (Some(queues), Some(control)) = (&mut self.control, state.control) {
+            queues.restore(control);
+        }
+        for (lane, port) in self.lanes.iter_mut().zip(&state.ports) {
+            lane.restore(port.taken);
+        }
     }
 
     fn queues(&self) -> impl Iterator<Item = &ActiveQueue> {
@@ -225,10 +257,20 @@ impl reactor::Worker for Worker {
             control.add(&queue.doorbell, usize::from(queue.index), Interest::READ)?;
         }
         control.add(&self.shared.doorbell, HANDLES, Interest::READ)?;
+        for lane in &mut self.lanes {
+            lane.forget_watched();
+        }
         // Whatever the driver did before it set DRIVER_OK, and whatever was attached before.
         self.guarded(control, |worker, control, events| {
             let shared = Arc::clone(&worker.shared);
             let mut table = shared.lock();
+            if worker
+                .control
+                .as_ref()
+                .is_some_and(ControlQueues::has_driver)
+            {
+                table.serving = Some(thread::current().id());
+            }
             if worker.control.is_none()
                 && let Some(port) = table.ports.first_mut()
             {

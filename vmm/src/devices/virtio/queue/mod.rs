@@ -26,6 +26,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use super::Position;
 use crate::memory::GuestMemory;
 #[cfg(any(test, feature = "testing"))]
 use chain::Watch;
@@ -285,6 +286,21 @@ impl Virtqueue {
     /// The ring can't be accessed.
     pub fn has_pending(&self) -> Result<bool, RingFault> {
         Ok(self.avail_idx(Ordering::Acquire)? != self.ring.next_avail())
+    }
+
+    /// How far the device is, as if it had not popped the `held` chains it popped last. It must hold
+    /// no others.
+    pub fn position(&self, held: usize) -> Position {
+        debug_assert_eq!(
+            held,
+            usize::from(self.in_flight),
+            "chains that would be lost"
+        );
+        Position {
+            // A queue has at most 2^15 chains.
+            avail: self.ring.next_avail().wrapping_sub(held as u16),
+            used: self.ring.next_used(),
+        }
     }
 
     /// The positions and addresses of the ring.

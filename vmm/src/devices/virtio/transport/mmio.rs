@@ -1,6 +1,7 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2).
 
 mod registers;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use crate::memory::GuestMemory;
 use crate::sys::doorbell::Doorbell;
 use crate::sys::reactor::ReactorHandle;
 use registers::QueueRegisters;
+pub use state::{QueueState, TransportState};
 
 /// Offset of QueueNotify in a device's window: a 32-bit write of a queue's number rings its doorbell.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -158,6 +160,10 @@ impl MmioTransport {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn interrupt(&self) -> Interrupt {
+        Interrupt::new(Arc::clone(&self.lines))
+    }
+
     fn status(&self) -> u32 {
         self.lines.status.load(Ordering::SeqCst)
     }
@@ -272,7 +278,7 @@ impl MmioTransport {
             memory: state.parts.memory.clone(),
             queues,
             features: state.accepted,
-            interrupt: Interrupt::new(Arc::clone(&self.lines)),
+            interrupt: self.interrupt(),
             reactor: state.parts.reactor.clone(),
             faults: state.faults.clone(),
         })

@@ -4,10 +4,14 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::metrics::Metrics;
+use super::state::VsockState;
 use super::worker::Worker;
 use super::{DEVICE_ID, F_STREAM, MIN_CID, QUEUE_SIZES, VsockConfig, VsockError};
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
-use crate::sys::reactor::Running;
+use crate::devices::virtio::active::{self, Active};
+use crate::devices::virtio::{
+    ActivateError, Activation, DeviceState, QuiesceError, Saved, StateError, VirtioDevice,
+    read_config_bytes,
+};
 
 /// The device.
 #[derive(Debug)]
@@ -15,7 +19,9 @@ pub struct Vsock {
     cid: u32,
     listener: UnixListener,
     metrics: Arc<Metrics>,
-    running: Option<Running<Worker>>,
+    /// The driver that is to go on has to forget its connections.
+    moved: bool,
+    running: Option<Active<Worker>>,
 }
 
 impl Vsock {
@@ -35,6 +41,7 @@ impl Vsock {
             cid,
             listener,
             metrics: Arc::default(),
+            moved: false,
             running: None,
         })
     }
@@ -70,16 +77,45 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.running = None;
         let reactor = activation.reactor.clone();
         let listener = self.listener.try_clone()?;
-        let worker = Worker::new(self.cid, listener, Arc::clone(&self.metrics), activation)?;
-        self.running = Some(reactor.spawn(worker)?);
+        let metrics = Arc::clone(&self.metrics);
+        let moved = std::mem::take(&mut self.moved);
+        let worker = Worker::new(self.cid, listener, metrics, activation, moved)?;
+        self.running = Some(Active::spawn(reactor, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         // Waits for the worker; its sockets close with it.
         self.running = None;
+        self.moved = false;
+    }
+
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        active::quiesce(&mut self.running, "vsock0")
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        Ok(active::resume(&mut self.running)?)
+    }
+
+    fn save(&self) -> Saved {
+        let worker = self.running.as_ref().and_then(Active::still);
+        Saved {
+            queues: worker.map(Worker::positions).unwrap_or_default(),
+            device: DeviceState::Vsock(VsockState { cid: self.cid }),
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(StateError::kind(&state, "vsock"));
+        };
+        state.check()?;
+        // Whatever its id was: the host's ends of its connections are not here.
+        self.moved = true;
+        Ok(())
     }
 }

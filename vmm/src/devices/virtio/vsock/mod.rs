@@ -7,12 +7,14 @@
 //! passed on. Programs that connect before the guest's driver is up wait in the socket's backlog.
 //!
 //! Nobody in the host listens for the guest: its requests are answered with a reset. Nothing but
-//! streams is offered. When the driver resets the device, all connections end.
+//! streams is offered. When the driver resets the device, all connections end; and when the guest goes
+//! on from a snapshot, which it is told on the event queue.
 
 mod connection;
 mod device;
 pub mod metrics;
 mod muxer;
+mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -23,15 +25,21 @@ use std::io;
 use std::os::unix::net::UnixListener;
 
 pub use device::Vsock;
+pub use state::VsockState;
 
 /// Device ID (virtio 1.2, 5.10.1).
 const DEVICE_ID: u32 = 19;
 /// `VIRTIO_VSOCK_F_STREAM`
 const F_STREAM: u64 = 1 << 0;
 
-/// Queue numbers of virtio 1.2, 5.10.2. The event queue would tell of a migration; there is none.
+/// Queue numbers of virtio 1.2, 5.10.2. The event queue tells of a restore.
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
+const EVENT: u16 = 2;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2, 5.10.6.7): all connections are gone, and the
+/// context id may be another.
+const TRANSPORT_RESET: u32 = 0;
 
 /// Linux fills the receive queue with a page for each descriptor.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];

@@ -72,6 +72,8 @@ pub(super) struct Muxer {
     resets: VecDeque<Header>,
     /// Whether the listener is watched.
     accepting: bool,
+    /// Whether programs have to wait: the guest is not ready for them.
+    held: bool,
 }
 
 /// What was done with a buffer of the guest.
@@ -86,7 +88,7 @@ pub(super) enum Filled {
 }
 
 impl Muxer {
-    pub(super) fn new(cid: u32, listener: UnixListener, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(cid: u32, listener: UnixListener, metrics: Arc<Metrics>, held: bool) -> Self {
         Self {
             cid,
             listener,
@@ -96,12 +98,32 @@ impl Muxer {
             readable: VecDeque::new(),
             resets: VecDeque::new(),
             accepting: false,
+            held,
         }
     }
 
+    /// Watches the listener, and the connections there are when the worker was held still.
     pub(super) fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
-        control.add(&self.listener, LISTENER, Interest::READ)?;
-        self.accepting = true;
+        self.accepting = self.has_room();
+        let interest = if self.accepting {
+            Interest::READ
+        } else {
+            Interest::NONE
+        };
+        control.add(&self.listener, LISTENER, interest)?;
+        for (port, peer) in &self.peers {
+            control.add(&peer.stream, *port as usize, peer.interest)?;
+            // Whatever time it had, it has again.
+            match &peer.stage {
+                Stage::Connected(connection) if !connection.is_open() => {
+                    control.wake_at(*port as usize, Instant::now() + CONNECT_LIMIT);
+                }
+                Stage::Connected(connection) if connection.is_closed_by_host() => {
+                    control.wake_at(*port as usize, Instant::now() + CLOSE_LIMIT);
+                }
+                _ => {}
+            }
+        }
         Ok(())
     }
 
@@ -127,7 +149,7 @@ impl Muxer {
     /// Takes in host programs.
     pub(super) fn accept(&mut self, control: &mut Control<'_>) {
         for _ in 0..TURN_ACCEPTS {
-            if self.peers.len() >= MAX_CONNECTIONS {
+            if !self.has_room() {
                 break;
             }
             let stream = match self.listener.accept() {
@@ -164,8 +186,18 @@ impl Muxer {
         self.watch_listener(control);
     }
 
+    /// Keeps programs waiting, or takes them in.
+    pub(super) fn hold(&mut self, held: bool, control: &mut Control<'_>) {
+        self.held = held;
+        self.watch_listener(control);
+    }
+
+    fn has_room(&self) -> bool {
+        !self.held && self.peers.len() < MAX_CONNECTIONS
+    }
+
     fn watch_listener(&mut self, control: &mut Control<'_>) {
-        let room = self.peers.len() < MAX_CONNECTIONS;
+        let room = self.has_room();
         if room != self.accepting {
             self.accepting = room;
             let interest = if room { Interest::READ } else { Interest::NONE };

@@ -2,6 +2,7 @@
 
 mod credit;
 mod hostile;
+mod restore;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};

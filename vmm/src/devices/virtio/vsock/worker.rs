@@ -7,18 +7,34 @@ use std::sync::Arc;
 use super::metrics::Metrics;
 use super::muxer::{Filled, LISTENER, Muxer};
 use super::wire::{HEADER_LEN, Header};
-use super::{RECEIVE, TRANSMIT};
+use super::{EVENT, RECEIVE, TRANSMIT, TRANSPORT_RESET};
 use crate::devices::virtio::queue::RingFault;
-use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Faults, Interrupt};
+use crate::devices::virtio::{
+    ActivateError, Activation, ActiveQueue, Faults, Interrupt, Positions,
+};
 use crate::sys::reactor::{self, Control, Interest, Readiness};
 
 /// Packets moved in one direction before others get their turn.
 const TURN_PACKETS: usize = 256;
 
+/// Whether the driver knows that it goes on from a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moved {
+    /// It does, or it doesn't go on from one.
+    Settled,
+    /// It has to hear that its connections are gone.
+    Due,
+    /// It has been told.
+    Told,
+}
+
 #[derive(Debug)]
 pub(super) struct Worker {
     receive: ActiveQueue,
     transmit: ActiveQueue,
+    /// Absent when the driver did without.
+    event: Option<ActiveQueue>,
+    moved: Moved,
     muxer: Muxer,
     metrics: Arc<Metrics>,
     interrupt: Interrupt,
@@ -32,16 +48,64 @@ impl Worker {
         listener: UnixListener,
         metrics: Arc<Metrics>,
         mut activation: Activation,
+        moved: bool,
     ) -> Result<Self, ActivateError> {
         Ok(Self {
             receive: activation.require_queue(RECEIVE)?,
             transmit: activation.require_queue(TRANSMIT)?,
-            muxer: Muxer::new(cid, listener, Arc::clone(&metrics)),
+            event: activation.take_queue(EVENT),
+            moved: if moved { Moved::Due } else { Moved::Settled },
+            muxer: Muxer::new(cid, listener, Arc::clone(&metrics), moved),
             metrics,
             interrupt: activation.interrupt,
             faults: activation.faults,
             broken: false,
         })
+    }
+
+    /// How far the queues are: it holds nothing of them between two events.
+    pub(super) fn positions(&self) -> Positions {
+        let queues = [
+            Some(&self.receive),
+            Some(&self.transmit),
+            self.event.as_ref(),
+        ];
+        let queues = queues.into_iter().flatten();
+        queues.map(|queue| queue.position(0)).collect()
+    }
+
+    /// Tells a driver that goes on from a snapshot, in every buffer it left for that. It supplies
+    /// them again once it has closed its connections: only then are new ones taken in, or it would
+    /// close these too.
+    fn announce(&mut self, control: &mut Control<'_>) -> Result<(), RingFault> {
+        let Some(event) = &mut self.event else {
+            self.moved = Moved::Settled;
+            self.muxer.hold(false, control);
+            return Ok(());
+        };
+        while self.moved != Moved::Settled {
+            let Some(chain) = event.queue.pop()? else {
+                if event.queue.enable_notification()? {
+                    continue;
+                }
+                break;
+            };
+            if self.moved == Moved::Told {
+                event.queue.undo_pop(chain);
+                self.moved = Moved::Settled;
+                self.muxer.hold(false, control);
+                break;
+            }
+            let told = chain.writer().write_all(&TRANSPORT_RESET.to_le_bytes());
+            event
+                .queue
+                .complete(chain, if told.is_ok() { 4 } else { 0 })?;
+            if !event.queue.has_pending()? {
+                self.moved = Moved::Told;
+            }
+        }
+        self.interrupt.used(&mut event.queue)?;
+        Ok(())
     }
 
     /// Hears the guest, then speaks to it, and hears again what had to wait for that.
@@ -129,7 +193,7 @@ impl Worker {
         if let Err(fault) = f(self, control) {
             self.broken = true;
             self.faults.needs_reset(&fault);
-            for queue in [RECEIVE, TRANSMIT] {
+            for queue in [RECEIVE, TRANSMIT, EVENT] {
                 control.remove(usize::from(queue));
             }
             self.muxer.stop(control);
@@ -139,11 +203,21 @@ impl Worker {
 
 impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
-        for queue in [&self.receive, &self.transmit] {
+        for queue in [
+            Some(&self.receive),
+            Some(&self.transmit),
+            self.event.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        {
             control.add(&queue.doorbell, usize::from(queue.index), Interest::READ)?;
         }
         self.muxer.start(control)?;
-        self.guarded(control, Self::serve);
+        self.guarded(control, |worker, control| {
+            worker.announce(control)?;
+            worker.serve(control)
+        });
         Ok(())
     }
 
@@ -151,9 +225,14 @@ impl reactor::Worker for Worker {
         self.guarded(control, |worker, control| {
             match token {
                 LISTENER => worker.muxer.accept(control),
-                _ => match [&worker.receive, &worker.transmit]
-                    .into_iter()
-                    .find(|queue| usize::from(queue.index) == token)
+                _ => match [
+                    Some(&worker.receive),
+                    Some(&worker.transmit),
+                    worker.event.as_ref(),
+                ]
+                .into_iter()
+                .flatten()
+                .find(|queue| usize::from(queue.index) == token)
                 {
                     Some(queue) => {
                         if let Err(error) = queue.doorbell.clear() {
@@ -164,6 +243,7 @@ impl reactor::Worker for Worker {
                     None => worker.muxer.event(token as u32, readiness, control),
                 },
             }
+            worker.announce(control)?;
             worker.serve(control)
         });
     }

@@ -157,4 +157,30 @@ fn a_state_that_no_processor_has_is_refused() {
         ),
         "{error}"
     );
+    let with_leaf = |change: &dyn Fn(&mut kvm_bindings::kvm_cpuid_entry2)| {
+        refused(&|state| {
+            let leaves = state["cpuid"].as_array_mut().unwrap();
+            for leaf in leaves {
+                let mut entry = serde_json::from_value(leaf.clone()).unwrap();
+                change(&mut entry);
+                *leaf = serde_json::to_value(entry).unwrap();
+            }
+        })
+    };
+    let other_maker = with_leaf(&|leaf| {
+        if leaf.function == 0 {
+            leaf.ebx = u32::from_le_bytes(*b"Sand");
+        }
+    });
+    let more_features = with_leaf(&|leaf| {
+        if leaf.function == 7 && leaf.index == 0 {
+            leaf.ebx = u32::MAX;
+        }
+    });
+    for error in [other_maker, more_features] {
+        assert!(
+            matches!(error, HypervisorError::Processor { .. }),
+            "{error}"
+        );
+    }
 }

@@ -1,5 +1,6 @@
 //! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
 
+mod processor;
 mod state;
 
 use kvm_bindings::{

@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::super::call;
-use super::MSR_MTRR_DEF_TYPE;
+use super::{MSR_MTRR_DEF_TYPE, processor};
 use crate::hypervisor::HypervisorError;
 
 /// MSRs in one call at most.
@@ -57,6 +57,8 @@ const MTRRS: [u32; 28] = [
 #[derive(Debug)]
 pub(in super::super) struct Extent {
     msrs: Vec<u32>,
+    /// What a vCPU here can be.
+    cpuid: Vec<kvm_cpuid_entry2>,
     /// Words of extended processor state beyond [`XSAVE`] bytes.
     xsave_words: usize,
 }
@@ -72,8 +74,12 @@ impl Extent {
         msrs.dedup();
         // 0 where KVM_GET_XSAVE2 isn't known.
         let bytes = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(Self {
             msrs,
+            cpuid: cpuid.as_slice().to_vec(),
             xsave_words: bytes.saturating_sub(XSAVE).div_ceil(size_of::<u32>()),
         })
     }
@@ -138,6 +144,13 @@ pub(in super::super) fn restore_vcpu(
     state: &VcpuState,
     extent: &Extent,
 ) -> Result<(), HypervisorError> {
+    // Some hypervisors of hypervisors show vCPUs more than they list: what a vCPU here shows counts.
+    let listed = CpuId::from_entries(&extent.cpuid).map_err(|_| invalid("KVM_SET_CPUID2"))?;
+    fd.set_cpuid2(&listed).map_err(call("KVM_SET_CPUID2"))?;
+    let here = fd
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(call("KVM_GET_CPUID2"))?;
+    processor::check(&state.cpuid, here.as_slice())?;
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| invalid("KVM_SET_CPUID2"))?;
     fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
     restore_tsc_rate(fd, state.tsc_khz)?;

@@ -3,8 +3,9 @@
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
+use super::state::QueueState;
 use super::{QUEUE_DESCRIPTORS, QUEUE_DEVICE, QUEUE_DRIVER, QUEUE_READY, QUEUE_SIZE};
-use crate::devices::virtio::ActivateError;
+use crate::devices::virtio::{ActivateError, Position};
 
 /// What the driver wrote, unchecked.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,8 @@ pub(super) struct QueueRegisters {
     descriptors: u64,
     driver: u64,
     device: u64,
+    /// Where the device begins: at 0 but for one that goes on from a snapshot.
+    position: Position,
 }
 
 impl QueueRegisters {
@@ -27,6 +30,31 @@ impl QueueRegisters {
             descriptors: 0,
             driver: 0,
             device: 0,
+            position: Position::default(),
+        }
+    }
+
+    /// The registers as they were; as unchecked as a driver's.
+    pub(super) fn restored(max_size: u16, state: QueueState) -> Self {
+        Self {
+            max_size,
+            ready: state.ready,
+            size: state.size,
+            descriptors: state.descriptors,
+            driver: state.driver,
+            device: state.device,
+            position: state.position,
+        }
+    }
+
+    pub(super) fn save(&self, position: Position) -> QueueState {
+        QueueState {
+            ready: self.ready,
+            size: self.size,
+            descriptors: self.descriptors,
+            driver: self.driver,
+            device: self.device,
+            position,
         }
     }
 
@@ -68,6 +96,8 @@ impl QueueRegisters {
         queue
             .try_set_used_ring_address(GuestAddress(self.device))
             .map_err(|_| refused("QueueDevice", self.device))?;
+        queue.set_next_avail(self.position.avail);
+        queue.set_next_used(self.position.used);
         queue.set_ready(true);
         Ok(queue)
     }

@@ -1,3 +1,5 @@
+mod restore;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -5,6 +7,7 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::devices::virtio::{DeviceState, QuiesceError, Saved, StateError};
 use crate::sys::reactor::Reactor;
 
 /// What happened to the device, in order.
@@ -12,6 +15,8 @@ use crate::sys::reactor::Reactor;
 enum Call {
     Activate { queues: Vec<u16>, features: u64 },
     Reset,
+    Quiesce,
+    Resume,
     WriteConfig { offset: u64, len: usize },
 }
 
@@ -82,6 +87,34 @@ impl VirtioDevice for Probe {
     fn reset(&mut self) {
         self.0.calls.lock().unwrap().push(Call::Reset);
         *self.0.activation.lock().unwrap() = None;
+    }
+
+    fn quiesce(&mut self) -> Result<(), QuiesceError> {
+        self.0.calls.lock().unwrap().push(Call::Quiesce);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), ActivateError> {
+        self.0.calls.lock().unwrap().push(Call::Resume);
+        Ok(())
+    }
+
+    fn save(&self) -> Saved {
+        let activation = self.0.activation.lock().unwrap();
+        let queues = activation.iter().flat_map(|activation| &activation.queues);
+        Saved {
+            queues: queues.map(|queue| queue.position(0)).collect(),
+            device: DeviceState::Rng,
+        }
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        assert_eq!(state, DeviceState::Rng);
+        Ok(())
+    }
+
+    fn config_changed(&self) -> bool {
+        true
     }
 }
 
@@ -534,7 +567,7 @@ proptest! {
                     started = true;
                 }
                 Call::Reset => started = false,
-                Call::WriteConfig { .. } => {}
+                Call::WriteConfig { .. } | Call::Quiesce | Call::Resume => {}
             }
         }
         fixture.write(STATUS, 0);

@@ -1,0 +1,168 @@
+//! The host runs out of something: disk, memory.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use supermachine_tests::shim::{ShimConfig, refusal};
+
+use super::{ended, shim};
+use crate::bad::configured;
+use crate::leftovers::leaves_nothing;
+use crate::support::{World, equal};
+
+pub(super) fn tests(world: &World) -> Vec<Trial> {
+    vec![
+        world.vm_test("faults::disk_full_of_what_is_written", disk_full),
+        world.vm_test("faults::disk_full_of_ledgers", state_full),
+        world.vm_test("faults::no_memory_at_a_start", no_memory_at_a_start),
+    ]
+}
+
+/// A small file system of the test's own.
+struct Disk {
+    path: PathBuf,
+}
+
+impl Disk {
+    fn new(world: &World, name: &str) -> Result<Self> {
+        let path = world.files()?.join(name);
+        fs::create_dir(&path)?;
+        mount(
+            "tmpfs",
+            &path,
+            "tmpfs",
+            MountFlags::empty(),
+            Some(c"size=4k"),
+        )?;
+        Ok(Self { path })
+    }
+
+    /// Changes its size.
+    fn resize(&self, kib: u64) -> Result<()> {
+        let size = std::ffi::CString::new(format!("size={kib}k"))?;
+        let flags = MountFlags::empty();
+        Ok(rustix::mount::mount_remount(
+            &self.path,
+            flags,
+            size.as_c_str(),
+        )?)
+    }
+
+    /// KiB in use, by files with a name and without.
+    fn used(&self) -> Result<u64> {
+        let stat = rustix::fs::statvfs(&self.path)?;
+        Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize / 1024)
+    }
+
+    /// Its path as a TOML value.
+    fn quoted(&self) -> String {
+        format!("{:?}", self.path.display().to_string())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = unmount(&self.path, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// A container that writes more than the host has gets an error, and nobody else's end.
+fn disk_full(world: &World) -> Result<()> {
+    let disk = Disk::new(world, "full")?;
+    disk.resize(16 << 10)?;
+    let config = configured(world, &[("rootfs", "directory", &disk.quoted())])?;
+    leaves_nothing(world, || {
+        let script = "dd if=/dev/zero of=/file bs=1M count=64 conv=fsync || exit 5";
+        let (shim, bundle) = shim(world, &config, &["sh", "-c", script])?;
+        shim.create(&bundle)?;
+        shim.start_task()?;
+        ended(&shim, 5)?;
+        // Its disk, which has no name, is gone.
+        equal(disk.used()?, 0)
+    })
+}
+
+/// Grows what the host has until a container starts; before, each start is an error that says
+/// `reason` at least once, and leaves nothing. `look` looks for more that could be left.
+fn until_it_starts(
+    world: &World,
+    amounts: impl IntoIterator<Item = u64>,
+    mut config: impl FnMut(u64) -> Result<ShimConfig>,
+    reasons: &[&str],
+    look: impl Fn() -> Result<()>,
+) -> Result<()> {
+    let mut said = Vec::new();
+    for amount in amounts {
+        let config = config(amount)?;
+        let mut starts = false;
+        leaves_nothing(world, || {
+            match start_in(world, &config) {
+                Ok(()) => starts = true,
+                Err(error) => said.push(format!("{amount}: {error:#}")),
+            }
+            look()
+        })
+        .with_context(|| format!("with {amount}; before:\n{}", said.join("\n")))?;
+        if starts {
+            let said = said.join("\n");
+            let named = |reason: &&str| said.contains(*reason);
+            ensure!(
+                reasons.iter().any(named),
+                "none of {reasons:?} is in the errors:\n{said}"
+            );
+            return Ok(());
+        }
+    }
+    bail!("it never started:\n{}", said.join("\n"))
+}
+
+/// A whole life of a container. Its shim answers, whatever happens.
+fn start_in(world: &World, config: &ShimConfig) -> Result<()> {
+    let (shim, bundle) = shim(world, config, &["sh", "-c", "exit 4"])?;
+    if let Err(error) = shim.create(&bundle) {
+        refusal::<()>(Err(error)).and_then(|(_, text)| bail!("{text}"))
+    } else {
+        shim.start_task()?;
+        ended(&shim, 4)
+    }
+}
+
+fn state_full(world: &World) -> Result<()> {
+    let disk = Disk::new(world, "state")?;
+    let look = || {
+        let left: Vec<_> = fs::read_dir(&disk.path)?.collect();
+        ensure!(left.is_empty(), "left: {left:?}");
+        Ok(())
+    };
+    // A ledger is a page, and another while it is replaced.
+    let config = |kib: u64| {
+        disk.resize(kib)?;
+        configured(world, &[("state", "directory", &disk.quoted())])
+    };
+    until_it_starts(world, [4, 8, 64], config, &["No space left"], look)
+}
+
+/// A shim that is run with a limit, as `prlimit` sets it.
+fn limited(world: &World, limit: &str, amount: u64) -> Result<ShimConfig> {
+    let wrapper = ["prlimit".to_owned(), format!("--{limit}={amount}")];
+    Ok(ShimConfig {
+        wrapper: wrapper.to_vec(),
+        ..world.shim()?
+    })
+}
+
+fn no_memory_at_a_start(world: &World) -> Result<()> {
+    let config = |mib: u64| limited(world, "as", mib << 20);
+    let reasons = ["Cannot map 536870912 bytes of guest RAM"];
+    until_it_starts(
+        world,
+        [32, 64, 128, 256, 512, 2048],
+        config,
+        &reasons,
+        || Ok(()),
+    )
+}

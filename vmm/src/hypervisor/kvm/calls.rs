@@ -1,0 +1,25 @@
+//! Requests of linux/kvm.h that a thread makes when it has few system calls left.
+
+use crate::jail::{Rule, When, allow_if};
+
+/// All that saving a vCPU takes, on its own thread.
+pub(crate) const SAVE_VCPU: &[Rule] = &[allow_if(
+    libc::SYS_ioctl,
+    &[
+        // KVM_GET_REGS, _SREGS, _MSRS, _LAPIC, _CPUID2.
+        When::Is(1, 0x8090_ae81),
+        When::Is(1, 0x8138_ae83),
+        When::Is(1, 0xc008_ae88),
+        When::Is(1, 0x8400_ae8e),
+        When::Is(1, 0xc008_ae91),
+        // KVM_GET_MP_STATE, _VCPU_EVENTS, _DEBUGREGS, _TSC_KHZ.
+        When::Is(1, 0x8004_ae98),
+        When::Is(1, 0x8040_ae9f),
+        When::Is(1, 0x8080_aea1),
+        When::Is(1, 0xaea3),
+        // KVM_GET_XSAVE, _XCRS, _XSAVE2.
+        When::Is(1, 0x9000_aea4),
+        When::Is(1, 0x8188_aea6),
+        When::Is(1, 0x9000_aecf),
+    ],
+)];
