@@ -24,6 +24,7 @@ use crate::snapshot::{Id, SnapshotFile, SnapshotTarget};
 use assembly::Assembly;
 pub use restore::RestoreConfig;
 use run::Running;
+pub(crate) use save::MachineState;
 
 /// A VM that is built and has not run.
 pub struct Vm {

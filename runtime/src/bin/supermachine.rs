@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,6 +13,7 @@ use supermachine_runtime::ledger::{self, Entry};
 use supermachine_runtime::plan::{self, HostFacts};
 use supermachine_runtime::request::{Create, Stdio};
 use supermachine_runtime::{check, request};
+use supermachine_vmm::snapshot::SnapshotFile;
 
 /// Containers in microVMs of their own, under containerd.
 #[derive(Parser)]
@@ -39,10 +41,24 @@ enum Command {
     },
     /// List the sandboxes of this host
     Ps,
+    /// Look at snapshots of VMs
+    Snapshot {
+        #[command(subcommand)]
+        what: SnapshotCommand,
+    },
     /// Show as JSON what the container of a bundle would need
     Plan {
         /// The directory that holds config.json
         bundle: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum SnapshotCommand {
+    /// Check a snapshot, its memory included, and tell what it has
+    Inspect {
+        /// The snapshot
+        file: PathBuf,
     },
 }
 
@@ -92,6 +108,15 @@ fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<ExitCode, Error> {
         write!(out, "{}", config::example())?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Command::Snapshot {
+        what: SnapshotCommand::Inspect { file },
+    } = &arguments.command
+    {
+        let snapshot = SnapshotFile::open(File::open(file)?)?;
+        write!(out, "{}", snapshot.describe()?)?;
+        snapshot.verify_memory()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let config = config::load(arguments.config.as_deref())?;
     match &arguments.command {
         Command::Check { containerd } => {
@@ -103,6 +128,8 @@ fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<ExitCode, Error> {
                 ExitCode::FAILURE
             });
         }
+        // Done above.
+        Command::Snapshot { .. } => {}
         Command::Config { .. } => write!(out, "{}", config.to_toml(false))?,
         Command::Ps => list(&config, out)?,
         Command::Plan { bundle } => print_plan(bundle, &config, out)?,

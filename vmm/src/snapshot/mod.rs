@@ -6,6 +6,7 @@
 //! written: nothing in a file is believed before it was compared with a limit. A *diff* has only the
 //! pages that differ from those of its base, which it names by the base's id.
 
+mod describe;
 mod error;
 mod format;
 pub(crate) mod image;
@@ -14,6 +15,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+pub use describe::Description;
 pub use error::SnapshotError;
 pub use format::{Id, Kind, VERSION};
 pub use source::SnapshotFile;

@@ -160,9 +160,9 @@ fn damage_is_told_and_nothing_runs() {
     ));
 }
 
-/// A VM of the fake with every device and three vCPUs, saved while it waits.
+/// A VM of the fake with every device and three vCPUs, saved in the first step of each.
 fn saved() -> File {
-    let (_, running) = fake(vec![vec![Step::Kicked, Step::Forever]; 3], every_device);
+    let (_, running) = fake(vec![vec![Step::Forever]; 3], every_device);
     running.pause(LIMIT).unwrap();
     let file = tempfile::tempfile().unwrap();
     running.save(&file, None).unwrap();
@@ -213,7 +213,7 @@ fn with_everything(file: &File) -> RestoreConfig {
 fn all_vcpus_go_on_where_they_were() {
     let file = saved();
     // What was played is not played again.
-    let steps = vec![Step::UntilKicked, Step::UntilKicked, Step::SystemOff];
+    let steps = vec![Step::UntilKicked, Step::SystemOff];
     let hypervisor = Fake::new(vec![steps; 3]);
     let assembly = Assembly::restore(&hypervisor, with_everything(&file)).unwrap();
     let running = assembly.start().unwrap();
@@ -222,6 +222,21 @@ fn all_vcpus_go_on_where_they_were() {
     assert_eq!(record.booted.len(), 0);
     assert_eq!(record.resumed, 3, "each is told that time has passed");
     assert!(running.handles.console.is_some() && running.handles.balloon.is_some());
+}
+
+#[test]
+fn a_snapshot_is_described() {
+    let text = SnapshotFile::open(saved()).unwrap().describe().unwrap();
+    let text = text.to_string();
+    for part in [
+        "a full snapshot",
+        "3 vCPUs, 32768 KiB of RAM",
+        "console0: status 0x0, 0 of 8 queues",
+        "block1",
+        "Vcpu 2: ",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
 }
 
 #[test]
