@@ -46,7 +46,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
 }
 
 /// The configuration the other tests use.
-fn configuration() -> Result<toml::Table> {
+pub(crate) fn configuration() -> Result<toml::Table> {
     let path = std::env::var_os("SUPERMACHINE_CONFIG");
     let path = path.map_or_else(|| PathBuf::from(DEFAULT_CONFIG), PathBuf::from);
     if !path.exists() {

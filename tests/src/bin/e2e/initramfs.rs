@@ -18,6 +18,14 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
+    /// Goes on after another archive: of two files of one name the later counts.
+    pub(crate) fn after(mut bytes: Vec<u8>) -> Self {
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        // Far from the other's, as files of one inode number would count as links.
+        let inodes = 1 << 20;
+        Self { bytes, inodes }
+    }
+
     /// Adds a program or script.
     pub(crate) fn program(mut self, name: &str, data: &[u8]) -> Result<Self> {
         self.entry(name, 0o100_755, data)?;

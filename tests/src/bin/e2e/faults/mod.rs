@@ -1,13 +1,17 @@
-//! Something dies or runs out, at each step of a container's life: the end is told as what it
+//! Something dies, hangs or runs out, at each step of a container's life: the end is told as what it
 //! was, the task can be deleted, and nothing remains.
 
 mod daemon;
 mod deaths;
+mod guests;
 mod limits;
 mod many;
+mod saboteur;
+mod silence;
 
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Trial;
@@ -22,6 +26,8 @@ use crate::support::{World, equal};
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     [
         deaths::tests(world),
+        guests::tests(world),
+        silence::tests(world),
         limits::tests(world),
         daemon::tests(world),
         many::tests(world),
@@ -142,6 +148,16 @@ fn booting(world: &World, shim: &Shim) -> Result<u32> {
         Ok(vmm.is_some())
     })?;
     vmm.context("no VMM process")
+}
+
+/// What hung must not hold up: an answer comes within 2 s of its deadline.
+fn soon(since: Instant, deadline: Duration, what: &str) -> Result<()> {
+    let took = since.elapsed();
+    ensure!(
+        took < deadline + Duration::from_secs(2),
+        "{what} took {took:?}, with a deadline of {deadline:?}"
+    );
+    Ok(())
 }
 
 /// The events so far are these, but for those of execs being added.

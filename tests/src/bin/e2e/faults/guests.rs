@@ -1,0 +1,106 @@
+//! The guest ends by itself, at each step: its kernel panics, or its agent dies.
+
+use anyhow::{Context, Result};
+use libtest_mimic::Trial;
+use supermachine_tests::shim::Event;
+use supermachine_tests::until;
+
+use super::saboteur::{Fate, LATER, configured_with};
+use super::{EXEC, ended, exit, process, shim, told};
+use crate::leftovers::leaves_nothing;
+use crate::support::{World, equal};
+
+/// What containerd calls an end that nobody saw.
+const UNKNOWN: u32 = 255;
+
+pub(super) fn tests(world: &World) -> Vec<Trial> {
+    vec![
+        world.vm_test("faults::guest_ends_in_start", in_start),
+        world.vm_test("faults::guest_ends_in_exec", in_exec),
+        world.vm_test("faults::guest_ends_in_kill", in_kill),
+        world.vm_test("faults::guest_ends_before_delete", before_delete),
+    ]
+}
+
+/// The first that its program does is the last.
+fn in_start(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let fate = Fate::Panic;
+        let config = configured_with(world, fate, &[])?;
+        let script = format!("{}; sleep 1000", fate.command());
+        let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
+        let pid = shim.create(&bundle)?;
+        shim.start_task()?;
+        let start = Event::Start { pid };
+        told(&shim, &[Event::Create, start, exit(&shim, UNKNOWN)])?;
+        ended(&shim, UNKNOWN)?;
+        told(&shim, &[Event::Delete { status: UNKNOWN }])
+    })
+}
+
+/// Every process has ended, the container's first one last.
+fn in_exec(world: &World) -> Result<()> {
+    for fate in [Fate::Panic, Fate::Die] {
+        leaves_nothing(world, || {
+            let config = configured_with(world, fate, &[])?;
+            let (shim, bundle) = shim(world, &config, &["sleep", "1000"])?;
+            let pid = shim.create(&bundle)?;
+            shim.start_task()?;
+            let script = format!("{}; sleep 1000", fate.command());
+            shim.exec_with(EXEC, &process(&["sh", "-c", &script]), |_| {})?;
+            shim.start_exec(EXEC)?;
+            let start = Event::Start { pid };
+            let of_exec = Event::Exit {
+                id: EXEC.to_owned(),
+                status: UNKNOWN,
+            };
+            let events = [Event::Create, start, of_exec, exit(&shim, UNKNOWN)];
+            told(&shim, &events)?;
+            equal(shim.end_exec(EXEC)?, UNKNOWN)?;
+            ended(&shim, UNKNOWN)
+        })
+        .with_context(|| format!("{fate:?}"))?;
+    }
+    Ok(())
+}
+
+/// A signal is what it dies of.
+fn in_kill(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let fate = Fate::Die;
+        let config = configured_with(world, fate, &[])?;
+        let script = format!(
+            "trap '{}' TERM; sleep 1000 & while :; do wait; done",
+            fate.command()
+        );
+        let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
+        shim.create(&bundle)?;
+        shim.start_task()?;
+        // Ignored until the shell has set its trap.
+        until("the signal to be its end", world.host.deadline, || {
+            let _ = shim.kill(15);
+            Ok(shim.state()?.status.enum_value_or_default() as i32 == 3)
+        })?;
+        ended(&shim, UNKNOWN)
+    })
+}
+
+/// What the container ended with stays, whatever becomes of the guest.
+fn before_delete(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let config = configured_with(world, Fate::Die, &[])?;
+        let script = format!("{LATER}; exit 3");
+        let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
+        let pid = shim.create(&bundle)?;
+        shim.start_task()?;
+        equal(shim.wait()?.exit_status, 3)?;
+        let machine = std::path::PathBuf::from(format!("/proc/{pid}"));
+        until("the machine to end", world.host.deadline, || {
+            Ok(!machine.exists())
+        })?;
+        ended(&shim, 3)?;
+        let start = Event::Start { pid };
+        told(&shim, &[Event::Create, start, exit(&shim, 3)])?;
+        told(&shim, &[Event::Delete { status: 3 }])
+    })
+}
