@@ -18,7 +18,7 @@ use rustix::process::fchdir;
 use rustix::thread::CapabilitySet;
 use supermachine_vmm::jail::{self, EVERY, Filter, Keep, Rule, allow};
 
-use super::{Job, Outcome, apply, chain, receive};
+use super::{Job, Outcome, apply, receive};
 
 /// `argv[0]` of the process.
 pub(super) const ARG0: &str = "supermachine-changes";
@@ -176,4 +176,14 @@ fn write(job: &Job, files: Files) -> Outcome {
         },
         Err(reason) => Outcome::Partial { reason },
     }
+}
+
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
 }

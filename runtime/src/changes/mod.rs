@@ -11,23 +11,32 @@
 //!
 //! [`write_back`] is the other side: it starts the process and waits for what it says.
 
+#[cfg(target_os = "linux")]
 mod apply;
+#[cfg(target_os = "linux")]
 mod child;
+#[cfg(not(target_os = "linux"))]
+mod elsewhere;
+mod place;
+#[cfg(target_os = "linux")]
 mod receive;
+#[cfg(target_os = "linux")]
 mod tree;
+#[cfg(target_os = "linux")]
 mod writer;
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use supermachine_protocol::changes::Limits;
 use supermachine_vmm::jail::Policy;
 
+#[cfg(target_os = "linux")]
 pub use child::main as child;
-pub use writer::{Place, Started, start};
-
-/// Directories within one another. Each holds a descriptor while it is written to.
-const DEPTH: u32 = 1000;
+#[cfg(not(target_os = "linux"))]
+pub use elsewhere::{Started, child, start};
+pub use place::Place;
+#[cfg(target_os = "linux")]
+pub use writer::{Started, start};
 
 /// What the process is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,16 +54,6 @@ pub struct Job {
     pub silence: Duration,
     /// How strictly the process is confined.
     pub jail: Policy,
-}
-
-impl Job {
-    fn limits(&self) -> Limits {
-        Limits {
-            entries: self.entries,
-            bytes: self.bytes,
-            depth: DEPTH,
-        }
-    }
 }
 
 /// What became of the changes.
@@ -77,14 +76,4 @@ pub enum Outcome {
         /// Why not all.
         reason: String,
     },
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

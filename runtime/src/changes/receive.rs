@@ -15,9 +15,24 @@ use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags, chmodat, chownat, linkat, lsetxattr,
     makedev, mknodat, openat, symlinkat, unlinkat, utimensat,
 };
-use supermachine_protocol::changes::{self, Attributes, Decoder, Encoder, NodeKind, Record};
+use supermachine_protocol::changes::{
+    self, Attributes, Decoder, Encoder, Limits, NodeKind, Record,
+};
 
 use super::{Job, tree};
+
+/// Directories within one another. Each holds a descriptor while it is written to.
+const DEPTH: u32 = 1000;
+
+impl Job {
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            entries: self.entries,
+            bytes: self.bytes,
+            depth: DEPTH,
+        }
+    }
+}
 
 /// Why the changes are refused.
 #[derive(Debug, thiserror::Error)]

@@ -4,10 +4,9 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, IoSlice, PipeReader, pipe};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
 use super::child::{APPLYING, ARG0, FILES};
-use super::{Job, Outcome};
+use super::{Job, Outcome, Place};
 
 /// This program, whatever has become of its file.
 const PROGRAM: &str = "/proc/self/exe";
@@ -31,35 +30,6 @@ const APPLYING_TIME: Duration = Duration::from_secs(60);
 
 /// What the end of a process may take that has been killed.
 const GOING: Duration = Duration::from_secs(5);
-
-/// Where changes go.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// The snapshot's directory.
-    pub directory: PathBuf,
-    /// One that nobody uses and need not exist, on the same file system.
-    pub staging: PathBuf,
-}
-
-impl Place {
-    /// The place for the changes of a container of this name: they are staged beside the directory,
-    /// or in it if it is a file system of its own.
-    ///
-    /// # Errors
-    /// There is no such directory.
-    pub fn new(directory: &Path, name: &str) -> io::Result<Self> {
-        let device = fs::metadata(directory)?.dev();
-        let beside = directory
-            .parent()
-            .filter(|parent| fs::metadata(parent).is_ok_and(|parent| parent.dev() == device));
-        Ok(Self {
-            directory: directory.to_path_buf(),
-            staging: beside
-                .unwrap_or(directory)
-                .join(format!(".supermachine-changes-{name}")),
-        })
-    }
-}
 
 /// A process that writes changes back. Dropped, it is killed.
 #[derive(Debug)]
