@@ -36,7 +36,9 @@ fn shim_killed(world: &World) -> Result<()> {
         leaves_nothing(world, || {
             let config = configuration(world, step)?;
             let kill = |shim: &_, _| kill_9(supermachine_tests::shim::Shim::pid(shim)?);
-            let Interrupted { shim, vmm, call } = interrupt(world, &config, step, kill)?;
+            let Interrupted {
+                shim, vmm, call, ..
+            } = interrupt(world, &config, step, kill)?;
             ensure!(call.is_err(), "a dead shim answered");
             // containerd finds the connection broken, and tells what this answers.
             let told = shim.clean_up()?;
@@ -60,7 +62,9 @@ fn vmm_killed(world: &World) -> Result<()> {
 }
 
 fn told_of_the_vmm(step: Step, interrupted: Interrupted) -> Result<()> {
-    let Interrupted { shim, vmm, call } = interrupted;
+    let Interrupted {
+        shim, vmm, call, ..
+    } = interrupted;
     let start = Event::Start { pid: vmm };
     match step {
         Step::Create => {

@@ -1,11 +1,12 @@
 //! The guest ends by itself, at each step: its kernel panics, or its agent dies.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
-use supermachine_tests::shim::Event;
+use supermachine_tests::shim::{Event, refusal};
 use supermachine_tests::until;
+use ttrpc::Code;
 
-use super::saboteur::{Fate, LATER, configured_with};
+use super::saboteur::{Fate, LATER, When, configured_with};
 use super::{EXEC, ended, exit, process, shim, told};
 use crate::leftovers::leaves_nothing;
 use crate::support::{World, equal};
@@ -15,6 +16,7 @@ const UNKNOWN: u32 = 255;
 
 pub(super) fn tests(world: &World) -> Vec<Trial> {
     vec![
+        world.vm_test("faults::guest_ends_in_create", in_create),
         world.vm_test("faults::guest_ends_in_start", in_start),
         world.vm_test("faults::guest_ends_in_exec", in_exec),
         world.vm_test("faults::guest_ends_in_kill", in_kill),
@@ -22,11 +24,35 @@ pub(super) fn tests(world: &World) -> Vec<Trial> {
     ]
 }
 
+/// What a kernel that panics says of either.
+fn reason(fate: Fate) -> &'static str {
+    match fate {
+        Fate::Panic => "Kernel panic - not syncing: Out of memory",
+        Fate::Die | Fate::Hang => "Kernel panic - not syncing: Attempted to kill init!",
+    }
+}
+
+/// The error of Create has the kernel's last words.
+fn in_create(world: &World) -> Result<()> {
+    for fate in [Fate::Panic, Fate::Die] {
+        leaves_nothing(world, || {
+            let config = configured_with(world, When::Boot, fate, &[])?;
+            let (shim, bundle) = shim(world, &config, &["true"])?;
+            let (_, text) = refusal(shim.create(&bundle))?;
+            ensure!(text.contains("reset"), "not how it ended: {text}");
+            ensure!(text.contains(reason(fate)), "not why it ended: {text}");
+            equal(refusal(shim.state())?.0, Code::NOT_FOUND)
+        })
+        .with_context(|| format!("{fate:?}"))?;
+    }
+    Ok(())
+}
+
 /// The first that its program does is the last.
 fn in_start(world: &World) -> Result<()> {
     leaves_nothing(world, || {
         let fate = Fate::Panic;
-        let config = configured_with(world, fate, &[])?;
+        let config = configured_with(world, When::Told, fate, &[])?;
         let script = format!("{}; sleep 1000", fate.command());
         let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
         let pid = shim.create(&bundle)?;
@@ -42,7 +68,7 @@ fn in_start(world: &World) -> Result<()> {
 fn in_exec(world: &World) -> Result<()> {
     for fate in [Fate::Panic, Fate::Die] {
         leaves_nothing(world, || {
-            let config = configured_with(world, fate, &[])?;
+            let config = configured_with(world, When::Told, fate, &[])?;
             let (shim, bundle) = shim(world, &config, &["sleep", "1000"])?;
             let pid = shim.create(&bundle)?;
             shim.start_task()?;
@@ -68,7 +94,7 @@ fn in_exec(world: &World) -> Result<()> {
 fn in_kill(world: &World) -> Result<()> {
     leaves_nothing(world, || {
         let fate = Fate::Die;
-        let config = configured_with(world, fate, &[])?;
+        let config = configured_with(world, When::Told, fate, &[])?;
         let script = format!(
             "trap '{}' TERM; sleep 1000 & while :; do wait; done",
             fate.command()
@@ -88,7 +114,7 @@ fn in_kill(world: &World) -> Result<()> {
 /// What the container ended with stays, whatever becomes of the guest.
 fn before_delete(world: &World) -> Result<()> {
     leaves_nothing(world, || {
-        let config = configured_with(world, Fate::Die, &[])?;
+        let config = configured_with(world, When::Told, Fate::Die, &[])?;
         let script = format!("{LATER}; exit 3");
         let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
         let pid = shim.create(&bundle)?;

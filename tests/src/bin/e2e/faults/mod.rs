@@ -82,6 +82,7 @@ struct Interrupted {
     vmm: u32,
     /// What became of it.
     call: Result<()>,
+    took: Duration,
 }
 
 /// Brings a container to `step` and has its call made while the guest can't answer: it does not get
@@ -115,29 +116,38 @@ fn interrupt(
     }
     let (begins, begun) = mpsc::channel();
     let call = || {
+        let start = Instant::now();
         // The receiver outlives the thread.
         let _ = begins.send(());
-        match step {
+        let result = match step {
             Step::Create => shim.create(&bundle).map(drop),
             Step::Start => shim.start_task().map(drop),
             Step::Running => shim.wait().map(drop),
             Step::Exec => shim.start_exec(EXEC),
             Step::Kill => shim.kill(15),
             Step::Delete => shim.delete().map(drop),
-        }
+        };
+        (result, start.elapsed())
     };
-    let call = thread::scope(|scope| {
+    let (call, took) = thread::scope(|scope| {
         let call = scope.spawn(call);
         begun.recv()?;
         if step == Step::Create {
             vmm = booting(world, &shim)?;
         }
         // Answered after the call has arrived, whatever the answer is.
+        let asked = Instant::now();
         let _ = shim.state();
+        soon(asked, Duration::ZERO, "State")?;
         fault(&shim, vmm)?;
         call.join().map_err(|_| anyhow!("the call panicked"))
     })?;
-    Ok(Interrupted { shim, vmm, call })
+    Ok(Interrupted {
+        shim,
+        vmm,
+        call,
+        took,
+    })
 }
 
 /// The VMM process of a container that is being created.

@@ -24,6 +24,15 @@ pub(super) enum Fate {
     Hang,
 }
 
+/// When it happens without being told to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// When a container asks for it.
+    Told,
+    /// In the agent's stead.
+    Boot,
+}
+
 impl Fate {
     fn name(self) -> &'static str {
         match self {
@@ -98,6 +107,10 @@ wait_for() {
     done
 }
 
+case "$at $fate" in
+"boot panic") panic ;;
+"boot die") exit 1 ;;
+esac
 { wait_for; $fate; } &
 exec /init
 "#;
@@ -105,6 +118,7 @@ exec /init
 /// A configuration whose guests have one.
 pub(super) fn configured_with(
     world: &World,
+    when: When,
     fate: Fate,
     more: &[(&str, &str, &str)],
 ) -> Result<ShimConfig> {
@@ -119,8 +133,12 @@ pub(super) fn configured_with(
         .program("busybox", &busybox(world)?)?
         .program("saboteur", SCRIPT.as_bytes())?
         .write(world)?;
+    let at = match when {
+        When::Told => "told",
+        When::Boot => "boot",
+    };
     // Words that the kernel doesn't know become the environment of its first process.
-    let words = format!("\"rdinit=/saboteur fate={}\"", fate.name());
+    let words = format!("\"rdinit=/saboteur at={at} fate={}\"", fate.name());
     let mut keys = vec![
         ("kernel", "initramfs", initramfs.as_str()),
         ("kernel", "cmdline", words.as_str()),
