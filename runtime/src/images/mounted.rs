@@ -16,7 +16,9 @@ const EROFS: u32 = 0xe0f5_e1e2;
 pub(crate) fn mounted(directories: Vec<PathBuf>) -> BTreeMap<PathBuf, PathBuf> {
     // A file system's type is a word of the machine's own, sign and all.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let erofs = |path: &PathBuf| statfs(path).is_ok_and(|info| info.f_type as u32 == EROFS);
+    let erofs = |path: &PathBuf| {
+        statfs(path).is_ok_and(|info| i128::from(info.f_type) == i128::from(EROFS))
+    };
     let directories: Vec<PathBuf> = directories.into_iter().filter(erofs).collect();
     if directories.is_empty() {
         return BTreeMap::new();
