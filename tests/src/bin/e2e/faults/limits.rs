@@ -1,4 +1,4 @@
-//! The host runs out of something: disk, memory.
+//! The host runs out of something: disk, descriptors, memory.
 
 use std::fs;
 use std::path::PathBuf;
@@ -17,6 +17,10 @@ pub(super) fn tests(world: &World) -> Vec<Trial> {
     vec![
         world.vm_test("faults::disk_full_of_what_is_written", disk_full),
         world.vm_test("faults::disk_full_of_ledgers", state_full),
+        world.vm_test(
+            "faults::no_descriptors_at_a_start",
+            no_descriptors_at_a_start,
+        ),
         world.vm_test("faults::no_memory_at_a_start", no_memory_at_a_start),
     ]
 }
@@ -153,6 +157,18 @@ fn limited(world: &World, limit: &str, amount: u64) -> Result<ShimConfig> {
         wrapper: wrapper.to_vec(),
         ..world.shim()?
     })
+}
+
+fn no_descriptors_at_a_start(world: &World) -> Result<()> {
+    let config = |files| limited(world, "nofile", files);
+    let reasons = ["Too many open files", "os error 24"];
+    until_it_starts(
+        world,
+        [16, 22, 28, 40, 80, 120, 200, 1024],
+        config,
+        &reasons,
+        || Ok(()),
+    )
 }
 
 fn no_memory_at_a_start(world: &World) -> Result<()> {
