@@ -377,3 +377,14 @@ impl Image {
         Ok(Self { extents, checksums })
     }
 }
+
+/// Makes any bytes of a head's size begin like one of a file of `length` bytes.
+#[cfg(any(test, feature = "testing"))]
+pub(super) fn seal(head: &mut [u8], length: u64) {
+    put(head, 0, &MAGIC);
+    put(head, AT_VERSION, &VERSION.to_le_bytes());
+    put(head, AT_LENGTH, &length.to_le_bytes());
+    put(head, AT_CHECKSUM, &[0; 4]);
+    let sum = checksum(head);
+    put(head, AT_CHECKSUM, &sum.to_le_bytes());
+}

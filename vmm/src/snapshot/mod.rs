@@ -6,6 +6,8 @@
 //! written: nothing in a file is believed before it was compared with a limit. A *diff* has only the
 //! pages that differ from those of its base, which it names by the base's id.
 
+#[cfg(any(test, feature = "testing"))]
+mod anything;
 mod describe;
 mod error;
 mod format;
@@ -15,6 +17,8 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+#[cfg(any(test, feature = "testing"))]
+pub use anything::parse_anything;
 pub use describe::Description;
 pub use error::SnapshotError;
 pub use format::{Id, Kind, VERSION};
