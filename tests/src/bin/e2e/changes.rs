@@ -130,6 +130,9 @@ fn upper(world: &World, id: &str) -> Result<BTreeMap<String, String>> {
             entry.push_str(&format!(" {} {content}", it.len()));
         } else if kind.is_symlink() {
             entry.push_str(&format!(" {}", fs::read_link(&path)?.display()));
+        } else if kind.is_char_device() && it.rdev() == 0 {
+            // A deletion; overlayfs has one inode for many.
+            entry = format!("{:o} {}:{} gone", it.mode(), it.uid(), it.gid());
         } else if kind.is_char_device() || kind.is_block_device() {
             entry.push_str(&format!(" {:x}", it.rdev()));
         }
