@@ -7,8 +7,8 @@ use std::vec;
 
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps,
-    UTIME_OMIT, Uid, XattrFlags, fchmod, fchown, flistxattr, fremovexattr, fsetxattr, futimens,
-    mknodat, openat2, statat, unlinkat,
+    UTIME_OMIT, Uid, XattrFlags, chownat, fchmod, fchown, flistxattr, fremovexattr, fsetxattr,
+    futimens, mknodat, openat2, statat, unlinkat,
 };
 use rustix::io::Errno;
 use supermachine_protocol::changes::{Attributes, is_carried};
@@ -54,7 +54,16 @@ pub(super) fn is_whiteout(stat: &Stat) -> bool {
 /// Marks a name as gone, as overlayfs does.
 pub(super) fn make_whiteout(directory: impl AsFd, name: &[u8]) -> io::Result<()> {
     let kind = FileType::CharacterDevice;
-    Ok(mknodat(directory, name, kind, Mode::empty(), 0)?)
+    mknodat(&directory, name, kind, Mode::empty(), 0)?;
+    // The process has an id of its own.
+    let (uid, gid) = (Some(Uid::ROOT), Some(Gid::ROOT));
+    Ok(chownat(
+        directory,
+        name,
+        uid,
+        gid,
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// Lets a directory hide what is below, or not.

@@ -189,6 +189,8 @@ fn deletions() {
     assert_eq!(snapshot.names(), ["below", "known", "own-over-below"]);
     for name in snapshot.names() {
         assert!(is_whiteout(&snapshot.path(&name)), "{name}");
+        let it = fs::symlink_metadata(snapshot.path(&name)).unwrap();
+        assert_eq!((it.uid(), it.gid()), (0, 0), "{name}");
     }
 }
 
