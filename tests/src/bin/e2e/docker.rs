@@ -47,6 +47,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         test("docker::limits_and_pauses", limits_and_pauses),
         test("docker::files_of_the_engine", files_of_the_engine),
         test("docker::init", init),
+        test("docker::written", written),
         test("docker::refused", refused),
     ]
 }
@@ -340,6 +341,39 @@ fn init(_: &World, docker: &Docker) -> Result<()> {
             .as_str(),
         "143",
     )
+}
+
+/// diff and commit: what a container wrote, once it has ended, as under runc.
+fn written(_: &World, docker: &Docker) -> Result<()> {
+    let script = "mkdir /made && echo new > /made/file && ln -s file /made/link && \
+                  mv /made /moved && echo more >> /etc/passwd && rm /bin/vi && chmod 700 /tmp";
+    let mut told = Vec::new();
+    for runtime in [NAME, "runc"] {
+        let options = ["--runtime", runtime, "--network", "none"];
+        let container = docker.detach(&options, script)?;
+        let name = container.name.as_str();
+        equal(docker.say(&["wait", name])?.as_str(), "0")?;
+        let changes = docker.say(&["diff", name])?;
+        let mut changes: Vec<_> = changes.lines().map(str::to_owned).collect();
+        changes.sort();
+        let image = docker.say(&["commit", name])?;
+        let look = "cat /moved/link; tail -n 1 /etc/passwd; stat -c %a /tmp; ls /bin/vi /made";
+        let run = docker.run(&["run", "--rm", "--network", "none", &image, "sh", "-c", look])?;
+        docker.say(&["image", "rm", "--force", &image])?;
+        equal(run.text().as_str(), "new\nmore\n700\n")?;
+        told.push(changes);
+    }
+    let [ours, runcs] = told.as_slice() else {
+        unreachable!("two runs");
+    };
+    equal(ours, runcs)?;
+    for change in ["A /moved/file", "C /etc/passwd", "D /bin/vi"] {
+        ensure!(
+            ours.iter().any(|line| line == change),
+            "no {change:?} in {ours:?}"
+        );
+    }
+    Ok(())
 }
 
 /// What a machine can't have is refused by name, and nothing is left.
