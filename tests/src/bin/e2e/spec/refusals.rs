@@ -19,6 +19,14 @@ const CLEARER: &[(&str, &str)] = &[
         "runc's shim of containerd 1.7 gives no code",
     ),
     (
+        "resume of what is not paused",
+        "runc's shim of containerd 1.7 gives no code",
+    ),
+    (
+        "pause of what has stopped",
+        "runc's shim of containerd 1.7 gives no code",
+    ),
+    (
         "a mount of no known type",
         "the mount and its type are named, not runc's descriptors",
     ),
