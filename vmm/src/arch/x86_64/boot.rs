@@ -45,7 +45,7 @@ pub struct Entry {
     pub rsi: u64,
     /// The page tables.
     pub cr3: u64,
-    /// The GDT's address; its contents are [`GDT`].
+    /// The address of the GDT, a null descriptor and flat 64-bit segments.
     pub gdt: u64,
 }
 

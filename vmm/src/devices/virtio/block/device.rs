@@ -52,7 +52,7 @@ enum State {
 impl Block {
     /// Makes a disk. It works on the reactor it is activated with, where its I/O blocks: give each
     /// disk a reactor of its own. Where the host has io_uring, several requests of a disk made of
-    /// [`parts`](Backend::parts) are done at once.
+    /// [`parts`](super::Backend::parts) are done at once.
     ///
     /// # Errors
     /// A serial number that is too long.
