@@ -105,7 +105,7 @@ impl Flights {
         Ok(())
     }
 
-    /// Begins a request, or does it at once: alone, it is faster so.
+    /// Begins a request, or does it at once: alone, it needs one call instead of two.
     fn begin(
         &mut self,
         chain: Chain,
