@@ -192,7 +192,7 @@ schema! {
         first_id: FirstId = FirstId(Policy::FIRST_ID);
         /// What a system call does that a machine's process has no need of: "enforce" ends the process,
         /// "log" tells the kernel's log (audit) and lets it happen, "off" filters nothing.
-        seccomp: SeccompMode = SeccompMode(Seccomp::Log);
+        seccomp: SeccompMode = SeccompMode(Seccomp::Enforce);
     }
 
     /// How long to wait before giving up.

@@ -200,7 +200,7 @@ fn check_tells(world: &World) -> Result<()> {
     let mut command = Command::new("supermachine");
     command.arg("check");
     let report = Program::run(command, world.host.deadline)?.success()?;
-    for layer in ["ids", "user", "pid", "root", "net", "ipc", "rules"] {
+    for layer in ["ids", "user", "pid", "root", "net", "ipc", "rules", "calls"] {
         let line = format!("ok    jail: {layer}");
         ensure!(report.contains(&line), "{line:?} is not in\n{report}");
     }
