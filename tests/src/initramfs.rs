@@ -11,13 +11,15 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// An archive with `/init` alone, and the console the kernel opens for its standard streams.
+    /// An archive with `/init` alone, the console the kernel opens for its standard streams, and
+    /// what stands for them where there is none.
     pub fn new(init: &[u8]) -> Self {
         let mut initramfs = Self {
             archive: Vec::new(),
         };
         initramfs.entry("dev", 0o040_755, &[], (0, 0));
         initramfs.entry("dev/console", 0o020_600, &[], (5, 1));
+        initramfs.entry("dev/null", 0o020_666, &[], (1, 3));
         initramfs.entry("init", 0o100_755, init, (0, 0));
         initramfs
     }

@@ -38,11 +38,9 @@ pub(crate) fn measure(vmm: &Vmm, files: &Files) -> Result<Vec<Measured>> {
     let measured: Vec<Measured> = log
         .lines()
         .filter_map(|line| {
-            let mut words = line
-                .trim()
-                .strip_prefix("DISK ")?
-                .split_whitespace()
-                .skip(1);
+            // Behind the kernel's time stamp.
+            let (_, said) = line.split_once("DISK ")?;
+            let mut words = said.split_whitespace().skip(1);
             Some(Measured {
                 requests: words.next()?.parse().ok()?,
                 nanoseconds: words.next()?.parse().ok()?,

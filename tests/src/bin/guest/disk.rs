@@ -32,7 +32,7 @@ pub(crate) fn run() -> Result<()> {
         mark(number * 2);
         let (requests, nanoseconds) = measure(&disk, size, case)?;
         mark(number * 2 + 1);
-        println!("DISK {number} {requests} {nanoseconds}");
+        crate::tell(&format!("DISK {number} {requests} {nanoseconds}"));
     }
     Ok(())
 }
