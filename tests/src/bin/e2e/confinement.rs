@@ -77,10 +77,9 @@ impl Process {
             let name = fs::read_to_string(thread.join("comm"))?.trim().to_owned();
             equal(field(&thread, "Seccomp")?.as_str(), "2").context(name.clone())?;
             equal(field(&thread, "CapEff")?.as_str(), "0000000000000000").context(name.clone())?;
-            // That of clone3, the process's and the thread's own; what the kernel itself started
-            // has no own.
+            // The process's and the thread's own; what the kernel itself started has no own.
             let filters: u32 = field(&thread, "Seccomp_filters")?.parse()?;
-            let expected = if name.starts_with("kvm-") { 2 } else { 3 };
+            let expected = if name.starts_with("kvm-") { 1 } else { 2 };
             ensure!(filters >= expected, "thread {name} has {filters} filters");
             names.insert(name);
         }
