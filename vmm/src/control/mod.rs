@@ -50,8 +50,10 @@ pub(crate) const TALK: &[Rule] = &[
     ),
     // Brings vCPUs out of the guest.
     allow_if(calls::SYS_tgkill, &[When::Is(2, KICK as u32)]),
-    // The end of what a VM was made of.
+    // The end of what a VM was made of, which may be a serial log with half a line.
     allow(calls::SYS_epoll_ctl),
+    allow(calls::SYS_poll),
+    allow(calls::SYS_ppoll),
 ];
 
 /// `argv[0]` of a VMM process.
