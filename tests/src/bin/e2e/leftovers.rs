@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -125,9 +126,23 @@ pub(crate) fn kill_9(pid: u32) -> Result<()> {
     signal(pid, Signal::SIGKILL)
 }
 
-/// Stops a process: it does nothing more until it is killed.
+/// Stops a process: once this returns, it does nothing more until it is killed.
 pub(crate) fn freeze(pid: u32) -> Result<()> {
-    signal(pid, Signal::SIGSTOP)
+    signal(pid, Signal::SIGSTOP)?;
+    // Each thread stops when it comes by: a vCPU may be in the guest for a while yet.
+    let tasks = PathBuf::from(format!("/proc/{pid}/task"));
+    until("a process to stop", Duration::from_secs(30), || {
+        for task in std::fs::read_dir(&tasks)? {
+            let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+            // proc(5): the state comes after the name, which is in parentheses.
+            let (name, state) = stat.rsplit_once(") ").context("a task's state")?;
+            // What KVM itself started takes no signals.
+            if !state.starts_with('T') && !name.contains("(kvm-") {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
 }
 
 fn signal(pid: u32, signal: Signal) -> Result<()> {
