@@ -39,8 +39,9 @@ fn typing(world: &World) -> Result<()> {
     terminal.type_in("echo $((6 * 7)) answers\r")?;
     terminal.expect("42 answers")?;
     // The line discipline is the guest's: ^C interrupts what runs there.
-    // What is typed is shown too, so the quotes: without them the shell has run it.
-    terminal.type_in("echo sleep''ing; sleep 1000; echo sl''ept\r")?;
+    // What is typed is shown too, so the quotes: without them the shell has run it. It is said by
+    // what is to be interrupted, which then has the terminal already.
+    terminal.type_in("sh -c 'echo sleep\"\"ing; exec sleep 1000'; echo sl''ept\r")?;
     terminal.expect("sleeping\n")?;
     terminal.type_in("\u{3}")?;
     let shown = terminal.expect("# ")?;
