@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::events::Events;
@@ -63,28 +64,42 @@ pub(crate) struct Watch {
     container_id: String,
     cgroup: Cgroup,
     seen: std::sync::atomic::AtomicU64,
+    /// Nothing without a memory controller: there is nothing to watch.
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // A container that ends without a change of the file would leave the task waiting for one.
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
 }
 
 impl Watch {
-    /// Watches for as long as the result, or the task it started, is in use.
+    /// Watches for as long as the result is in use.
     pub(crate) fn start(container_id: &str, cgroup: Cgroup, events: Arc<Events>) -> Arc<Self> {
-        let watch = Arc::new(Self {
-            container_id: container_id.to_owned(),
-            cgroup,
-            seen: std::sync::atomic::AtomicU64::new(0),
-        });
-        // Without a memory controller there is nothing to watch.
-        if let Ok(changes) = Changes::of(&watch.cgroup.memory_events()) {
-            let weak = Arc::downgrade(&watch);
-            tokio::spawn(async move {
-                loop {
-                    changes.next().await;
-                    let Some(watch) = weak.upgrade() else { return };
-                    watch.check(&events);
-                }
+        Arc::new_cyclic(|watch: &Weak<Self>| {
+            let changes = Changes::of(&cgroup.memory_events()).ok();
+            let task = changes.map(|changes| {
+                let watch = Weak::clone(watch);
+                let watching = async move {
+                    loop {
+                        changes.next().await;
+                        let Some(watch) = watch.upgrade() else { return };
+                        watch.check(&events);
+                    }
+                };
+                tokio::spawn(watching).abort_handle()
             });
-        }
-        watch
+            Self {
+                container_id: container_id.to_owned(),
+                cgroup,
+                seen: std::sync::atomic::AtomicU64::new(0),
+                task,
+            }
+        })
     }
 
     /// Looks now, so that a kill is told before the exit it caused.

@@ -269,7 +269,7 @@ fn newer_calls(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
             .flatten()
             .any(|one| *one == arch)
     };
-    if permissive || cfg!(not(target_arch = "x86_64")) {
+    if permissive {
         return Vec::new();
     }
     let newest = |arch: ScmpArch| {
@@ -286,7 +286,9 @@ fn newer_calls(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
     let refuse = 0x0005_0000 | libc::ENOSYS.unsigned_abs();
     let mut stub = vec![step(LOAD, 0, 0, ARCHITECTURE)];
     // AUDIT_ARCH_X86_64; x32 shares it.
-    if let Some(newest_64) = newest(ScmpArch::X8664) {
+    if cfg!(target_arch = "x86_64")
+        && let Some(newest_64) = newest(ScmpArch::X8664)
+    {
         let newest_x32 = named(Arch::ScmpArchX32)
             .then(|| newest(ScmpArch::X32))
             .flatten();
@@ -306,11 +308,19 @@ fn newer_calls(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
             step(RETURN, 0, 0, refuse),
         ]);
     }
-    // AUDIT_ARCH_I386
-    if let Some(newest) = newest(ScmpArch::X86).filter(|_| named(Arch::ScmpArchX86)) {
+    // One whose numbers no other shares: as the audit subsystem numbers it, and whether it counts
+    // without being named.
+    let (name, library, number, always) = if cfg!(target_arch = "aarch64") {
+        // AUDIT_ARCH_AARCH64
+        (Arch::ScmpArchAarch64, ScmpArch::Aarch64, 0xc000_00b7, true)
+    } else {
+        // AUDIT_ARCH_I386
+        (Arch::ScmpArchX86, ScmpArch::X86, 0x4000_0003, false)
+    };
+    if let Some(newest) = newest(library).filter(|_| always || named(name)) {
         stub.extend([
             step(LOAD, 0, 0, ARCHITECTURE),
-            step(JUMP_EQUAL, 0, 3, 0x4000_0003),
+            step(JUMP_EQUAL, 0, 3, number),
             step(LOAD, 0, 0, NUMBER),
             step(JUMP_GREATER, 0, 1, newest),
             step(RETURN, 0, 0, refuse),
