@@ -7,7 +7,7 @@ use std::env;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 
 use nix::libc;
@@ -16,7 +16,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::fchdir;
 use rustix::thread::CapabilitySet;
-use supermachine_vmm::jail::{self, EVERY, Filter, Keep, Rule, allow};
+use supermachine_vmm::jail::{self, EVERY, Filter, JailError, Keep, Missing, Policy, Rule, allow};
 
 use super::{Job, Outcome, apply, receive};
 
@@ -118,17 +118,26 @@ fn begin(job: &Job) -> Result<Files, Box<dyn std::error::Error>> {
     jail::close_inherited()?;
     let [stream, target, staging] = take_files()?;
     set_socket_timeout(&stream, Timeout::Recv, Some(job.silence))?;
-    let keep = Keep {
-        capabilities: CAPABILITIES,
-        beneath: &[target.as_fd(), staging.as_fd()],
-    };
-    jail::enter_keeping(&job.jail, &FILTER, &keep)?;
+    confine(&job.jail, [target.as_fd(), staging.as_fd()])?;
     fchdir(&staging)?;
     Ok(Files {
         stream: stream.into(),
         target,
         staging,
     })
+}
+
+/// Leaves the calling process two directories, and what it takes to make inodes beneath them; tells
+/// which layers of the jail this host lacks. Legal only while it has one thread.
+///
+/// # Errors
+/// As [`jail::enter_keeping`].
+pub fn confine(policy: &Policy, beneath: [BorrowedFd<'_>; 2]) -> Result<Vec<Missing>, JailError> {
+    let keep = Keep {
+        capabilities: CAPABILITIES,
+        beneath: &beneath,
+    };
+    jail::enter_keeping(policy, &FILTER, &keep)
 }
 
 /// Receives the files over the socket that is standard input.

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use supermachine_vmm::jail::Policy;
 
 #[cfg(target_os = "linux")]
-pub use child::main as child;
+pub use child::{confine, main as child};
 #[cfg(not(target_os = "linux"))]
 pub use elsewhere::{Started, child, start};
 pub use place::Place;

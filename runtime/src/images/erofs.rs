@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::progress::{Content, Progress};
-use super::{Error, MKFS_EROFS, mkfs};
+use super::{Error, MKFS_EROFS};
 use crate::sys;
 
 /// From so many bytes of holes on they are kept: files are then in chunks, each of which is read and
@@ -33,7 +33,7 @@ pub(super) fn write(directory: &Path, image: &File) -> Result<(), Error> {
     }
     command.arg(path).arg(directory);
     let progress = Progress::new(directory, image, content.bytes);
-    mkfs(command, &MKFS_EROFS, directory, || progress.tell())
+    MKFS_EROFS.run(command, directory, || progress.tell())
 }
 
 /// Writes an image of what an overlay of `directories`, topmost first, shows.

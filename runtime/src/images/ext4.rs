@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::{Error, MKFS_EXT4, mkfs};
+use super::{Error, MKFS_EXT4};
 
 /// Part of a template's name: raised when it is made differently.
 pub(super) const FORMAT: u32 = 1;
@@ -24,7 +24,7 @@ pub(super) fn make(template: &Path) -> Result<(), Error> {
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"])
         .args(["-E", "lazy_itable_init=0,discard"])
         .arg(template);
-    mkfs(command, &MKFS_EXT4, template, || ())
+    MKFS_EXT4.run(command, template, || 0)
 }
 
 /// Makes a file system that stays, in `disk`, which is a hole.
@@ -35,7 +35,7 @@ pub(super) fn make_own(disk: &Path, uuid: Option<&str>, about: &Path) -> Result<
         command.args(["-U", uuid]);
     }
     command.arg(disk);
-    mkfs(command, &MKFS_EXT4, about, || ())
+    MKFS_EXT4.run(command, about, || 0)
 }
 
 /// Copies what isn't a hole of `from` to the same places of `to`.

@@ -12,10 +12,10 @@ mod mounted;
 mod own;
 mod progress;
 mod sweep;
+mod tool;
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 pub use cache::Cache;
 pub(crate) use cache::nameless;
@@ -23,6 +23,7 @@ pub(crate) use identity::Identity;
 pub(crate) use mounted::mounted;
 pub(crate) use own::{disk as own_disk, image as own_image, size};
 pub(crate) use sweep::sweep;
+pub(crate) use tool::{MKFS_EROFS, MKFS_EXT4, Tool, child};
 
 /// Why an image can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -54,55 +55,6 @@ pub enum Error {
     Disk { path: PathBuf, source: io::Error },
     #[error("The snapshot's disk {} is in use by another container", path.display())]
     InUse { path: PathBuf },
-}
-
-/// Runs a mkfs to its end; `about` is what an error names, `tell` is called while it takes long.
-fn mkfs(mut command: Command, tool: &Tool, about: &Path, tell: impl FnMut()) -> Result<(), Error> {
-    let ended = progress::run(&mut command, progress::EVERY, tell);
-    let (status, text) = ended.map_err(|source| Error::Missing {
-        program: tool.program,
-        package: tool.package,
-        source,
-    })?;
-    if status.success() {
-        return Ok(());
-    }
-    let said = text.lines().rev().find(|line| !line.trim().is_empty());
-    let reason = said.map_or_else(|| status.to_string(), str::to_owned);
-    Err(Error::Mkfs {
-        program: tool.program,
-        path: about.to_path_buf(),
-        reason,
-    })
-}
-
-/// A program images are made with.
-pub(crate) struct Tool {
-    pub(crate) program: &'static str,
-    pub(crate) package: &'static str,
-}
-
-pub(crate) const MKFS_EROFS: Tool = Tool {
-    program: "mkfs.erofs",
-    package: "erofs-utils",
-};
-pub(crate) const MKFS_EXT4: Tool = Tool {
-    program: "mkfs.ext4",
-    package: "e2fsprogs",
-};
-
-impl Tool {
-    /// containerd's PATH may lack the directories administrators' tools are in.
-    pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(self.program);
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
-        directories.extend(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from));
-        if let Ok(path) = std::env::join_paths(directories) {
-            command.env("PATH", path);
-        }
-        command
-    }
 }
 
 #[cfg(test)]

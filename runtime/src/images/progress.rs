@@ -1,4 +1,4 @@
-//! Word in the log of images that take long.
+//! Word in the log of images that take long, and an end to programs that come to none.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -12,48 +12,104 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// How often there is word.
-pub(super) const EVERY: Duration = Duration::from_secs(2);
+use crate::sys;
+
+/// How often a program is looked at, and when it is given up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// How often there is word.
+    every: Duration,
+    /// How long one may do nothing: use no processor time and write nothing.
+    still: Duration,
+    /// The same once it has complained.
+    complained: Duration,
+}
+
+/// Programs wait for nobody but a disk. One that has complained is not waiting for that: some
+/// versions of mkfs.erofs stay after an error, their threads waiting for each other.
+pub(super) const PACE: Pace = Pace {
+    every: Duration::from_secs(2),
+    still: Duration::from_secs(120),
+    complained: Duration::from_secs(10),
+};
+
 /// What is kept of a program's errors: its last words are what counts.
 const WORDS_MAX: usize = 16 << 10;
 
-/// Runs a program to its end, and has `tell` called after every `EVERY` that it takes. Its errors
-/// are in the answer.
+/// How a program ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) status: ExitStatus,
+    /// Its errors.
+    pub(super) words: String,
+    /// How long it had done nothing when it was killed for that.
+    pub(super) still: Option<Duration>,
+}
+
+/// Runs a program to its end, and has `written` called after every so often that it takes, which
+/// tells how many bytes it has written. One that does nothing any more is killed.
 pub(super) fn run(
     command: &mut Command,
-    every: Duration,
-    mut tell: impl FnMut(),
-) -> io::Result<(ExitStatus, String)> {
+    pace: Pace,
+    written: impl FnMut() -> u64,
+) -> io::Result<Ended> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
-    let words = listen(&mut child, every, &mut tell).unwrap_or_default();
-    Ok((child.wait()?, String::from_utf8_lossy(&words).into_owned()))
+    let mut words = Vec::new();
+    let still = listen(&mut child, pace, &mut words, written).unwrap_or_default();
+    if still.is_some() {
+        child.kill()?;
+    }
+    Ok(Ended {
+        status: child.wait()?,
+        words: String::from_utf8_lossy(&words).into_owned(),
+        still,
+    })
 }
 
-/// Until the program closes its errors, which is when it ends.
-fn listen(child: &mut Child, every: Duration, tell: &mut dyn FnMut()) -> io::Result<Vec<u8>> {
+/// Until the program closes its errors, which is when it ends, or has stood still for too long.
+fn listen(
+    child: &mut Child,
+    pace: Pace,
+    words: &mut Vec<u8>,
+    mut written: impl FnMut() -> u64,
+) -> io::Result<Option<Duration>> {
     let Some(mut pipe) = child.stderr.take() else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
-    let limit = Timespec::try_from(every).map_err(io::Error::other)?;
-    let (mut words, mut chunk) = (Vec::new(), [0; 4096]);
+    let limit = Timespec::try_from(pace.every).map_err(io::Error::other)?;
+    let mut chunk = [0; 4096];
+    let (mut done, mut still) = (None, Duration::ZERO);
     loop {
         match poll(
             &mut [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)],
             Some(&limit),
         ) {
             Ok(0) => {
-                tell();
+                let now = Some((sys::processor_time(child.id()), written()));
+                still = if now == done {
+                    still + pace.every
+                } else {
+                    Duration::ZERO
+                };
+                done = now;
+                let limit = match words.is_empty() {
+                    true => pace.still,
+                    false => pace.complained.min(pace.still),
+                };
+                if still >= limit {
+                    return Ok(Some(still));
+                }
                 continue;
             }
             Err(Errno::INTR) => continue,
             other => other?,
         };
         match pipe.read(&mut chunk) {
-            Ok(0) => return Ok(words),
+            Ok(0) => return Ok(None),
             Ok(count) => words.extend_from_slice(chunk.get(..count).unwrap_or_default()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -82,7 +138,8 @@ impl<'a> Progress<'a> {
         }
     }
 
-    pub(super) fn tell(&self) {
+    /// Word of it in the log; answers the bytes there are.
+    pub(super) fn tell(&self) -> u64 {
         let written = self
             .image
             .metadata()
@@ -94,6 +151,7 @@ impl<'a> Progress<'a> {
             seconds = self.started.elapsed().as_secs(),
             "Making an image"
         );
+        written
     }
 }
 
@@ -133,39 +191,97 @@ impl Content {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
+
+    fn sh(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
 
     #[test]
     fn long_work_is_told_of_and_short_work_is_not() {
-        let run = |script: &str, every: Duration| {
-            let mut told = 0;
-            let mut command = Command::new("sh");
-            command.args(["-c", script]);
-            let (status, words) = run(&mut command, every, || told += 1).unwrap();
-            (status.code(), words, told)
+        let mut told = 0;
+        let hour = Duration::from_secs(3600);
+        let pace = Pace {
+            every: hour,
+            still: hour,
+            complained: hour,
         };
-        let short = run("echo no >&2; exit 3", Duration::from_secs(600));
-        assert_eq!(short, (Some(3), "no\n".to_owned(), 0));
+        let tell = || {
+            told += 1;
+            0
+        };
+        let ended = run(&mut sh("echo no >&2; exit 3"), pace, tell).unwrap();
+        assert_eq!((ended.status.code(), told), (Some(3), 0));
+        assert_eq!((ended.words.as_str(), ended.still), ("no\n", None));
         // It goes on until it is told of.
         let directory = tempfile::tempdir().unwrap();
         let mark = directory.path().join("told");
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "until test -e \"$0\"; do sleep 0.01; done"])
-            .arg(&mark);
-        let tell = || std::fs::write(&mark, "").unwrap();
-        let (status, words) = super::run(&mut command, Duration::from_millis(1), tell).unwrap();
-        assert!(status.success() && words.is_empty(), "{status}: {words}");
+        let mut command = sh("until test -e \"$0\"; do sleep 0.01; done");
+        command.arg(&mark);
+        let pace = Pace {
+            every: Duration::from_millis(1),
+            ..pace
+        };
+        let tell = || {
+            std::fs::write(&mark, "").unwrap();
+            0
+        };
+        let ended = run(&mut command, pace, tell).unwrap();
+        assert!(
+            ended.status.success() && ended.words.is_empty(),
+            "{ended:?}"
+        );
+    }
+
+    #[test]
+    fn what_stands_still_is_killed_and_sooner_after_an_error() {
+        let every = Duration::from_millis(50);
+        let hour = Duration::from_secs(3600);
+        for (script, still, words) in [
+            ("echo full >&2; sleep 1000", hour, "full\n"),
+            ("sleep 1000", Duration::from_millis(200), ""),
+        ] {
+            let pace = Pace {
+                every,
+                still,
+                complained: every,
+            };
+            let ended = run(&mut sh(&format!("exec sh -c '{script}'")), pace, || 0).unwrap();
+            assert_eq!(ended.status.signal(), Some(9), "{script}");
+            assert!(ended.still.is_some_and(|still| still >= every), "{ended:?}");
+            assert_eq!(ended.words, words);
+        }
+        // Writing is doing something, and so is computing.
+        let mut bytes = 0;
+        let writes = || {
+            bytes += 1;
+            bytes
+        };
+        let pace = Pace {
+            every,
+            still: every * 4,
+            complained: every,
+        };
+        let ended = run(&mut sh("sleep 0.5"), pace, writes).unwrap();
+        assert!(ended.status.success() && ended.still.is_none(), "{ended:?}");
+        let pace = Pace {
+            every: every * 4,
+            still: every * 4,
+            complained: every * 4,
+        };
+        let count = "echo w >&2; n=0; while test $n -lt 300000; do n=$((n+1)); done";
+        let ended = run(&mut sh(count), pace, || 0).unwrap();
+        assert!(ended.status.success() && ended.still.is_none(), "{ended:?}");
     }
 
     #[test]
     fn only_last_words_are_kept() {
-        let mut command = Command::new("sh");
-        command.args([
-            "-c",
-            "head -c 100000 /dev/zero | tr '\\0' x >&2; echo last >&2",
-        ]);
-        let (_, words) = run(&mut command, EVERY, || ()).unwrap();
+        let mut command = sh("head -c 100000 /dev/zero | tr '\\0' x >&2; echo last >&2");
+        let words = run(&mut command, PACE, || 0).unwrap().words;
         assert!(words.len() <= WORDS_MAX && words.ends_with("xlast\n"));
     }
 

@@ -12,6 +12,9 @@ use rustix::fs::{CWD, FileType, FlockOperation, Mode, XattrFlags, flock, mknodat
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use tempfile::TempDir;
 
+use std::path::Path;
+use std::process::Command;
+
 use super::*;
 use crate::config::{AbsolutePath, Resolved, Size};
 

@@ -145,7 +145,12 @@ fn some<T>(list: &Option<Vec<T>>) -> bool {
 /// The guest's kernel command line, before the administrator's additions: the serial port is a
 /// log and nothing else; a panic is logged and ends the machine at once, by the keyboard controller's
 /// reset line, so that it is no triple fault.
+#[cfg(not(target_arch = "aarch64"))]
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=k tsc=reliable";
+/// The guest's kernel command line, before the administrator's additions: the serial port, a PL011,
+/// is a log and nothing else; a panic is logged and ends the machine at once, by PSCI.
+#[cfg(target_arch = "aarch64")]
+const CMDLINE: &str = "console=ttyAMA0 quiet loglevel=3 panic=-1";
 
 /// Decides what the container of `create` needs.
 ///

@@ -136,11 +136,37 @@ impl Process {
     }
 }
 
+/// This program, whatever has become of its file.
+pub(crate) const PROGRAM: Option<&str> = Some("/proc/self/exe");
+
+/// Has this process, and what it executes, killed when the thread of `parent` that started it ends.
+pub(crate) fn end_with(parent: u32) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before.
+    let now = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    match u32::try_from(now) == Ok(parent) {
+        true => Ok(()),
+        false => Err(io::Error::other("its parent has ended")),
+    }
+}
+
+/// The processor time that process `pid` has used, in the kernel's clock ticks.
+pub(crate) fn processor_time(pid: u32) -> u64 {
+    // proc_pid_stat(5): fields 14 and 15, of the program and of the kernel for it.
+    let times = stat(pid, 11).zip(stat(pid, 12));
+    times.map_or(0, |(user, system)| user.saturating_add(system))
+}
+
 /// When process `pid` started, in the kernel's clock ticks since boot; `None` if there is none.
 pub(crate) fn start_time(pid: u32) -> Option<u64> {
+    // proc_pid_stat(5): field 22.
+    stat(pid, 19)
+}
+
+/// A number of `/proc/pid/stat`; the field after the name's is 0.
+fn stat(pid: u32, field: usize) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc_pid_stat(5): the name, field 2, is in parentheses and may hold any character; the
-    // start time is field 22.
+    // The name is in parentheses and may hold any character.
     let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_ascii_whitespace().nth(19)?.parse().ok()
+    fields.split_ascii_whitespace().nth(field)?.parse().ok()
 }

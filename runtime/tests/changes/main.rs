@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test program")]
 
+#[cfg(target_os = "linux")]
+mod denied;
 mod hostile;
 mod support;
 mod written;
@@ -15,8 +17,18 @@ fn main() -> ExitCode {
     if let Some(code) = supermachine_runtime::child() {
         return code;
     }
+    #[cfg(target_os = "linux")]
+    if let Some(code) = denied::child() {
+        return code;
+    }
     let arguments = Arguments::from_args();
-    let tests = written::TESTS.iter().chain(hostile::TESTS);
+    let tests = [
+        written::TESTS,
+        hostile::TESTS,
+        #[cfg(target_os = "linux")]
+        denied::TESTS,
+    ];
+    let tests = tests.into_iter().flatten();
     let tests: Vec<Trial> = tests
         .map(|(name, run)| {
             Trial::ignorable_test(*name, move || {
