@@ -15,4 +15,4 @@ mod vcpu;
 mod vm;
 
 pub use applevisor_sys;
-pub use session::{Session, Step};
+pub use session::{MemoryCall, Session, Step};

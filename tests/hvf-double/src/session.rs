@@ -33,6 +33,15 @@ pub enum Step {
     Fails(i32),
 }
 
+/// What was done to a piece of memory, by guest address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryCall {
+    /// It went into the guest.
+    Map(u64),
+    /// It went out.
+    Unmap(u64),
+}
+
 pub(crate) const VCPUS: u32 = 8;
 /// Registers that are not system registers.
 pub(crate) const REGISTERS: usize = 35;
@@ -62,6 +71,8 @@ pub(crate) struct World {
     pub(crate) gic_state: Vec<u8>,
     /// Guest address to length and host address.
     pub(crate) mapped: BTreeMap<u64, (usize, usize)>,
+    pub(crate) memory_calls: Vec<MemoryCall>,
+    pub(crate) full: bool,
     pub(crate) interrupts: Vec<(u32, bool)>,
     pub(crate) vcpus: BTreeMap<u64, Vcpu>,
     /// By `MPIDR_EL1` without its fixed bit.
@@ -151,6 +162,16 @@ impl Session {
             .iter()
             .map(|(at, (len, _))| (*at, *len))
             .collect()
+    }
+
+    /// What was done to memory since the last time this was asked.
+    pub fn memory_calls(&self) -> Vec<MemoryCall> {
+        std::mem::take(&mut world().memory_calls)
+    }
+
+    /// Has `hv_vm_map` fail for want of memory from now on.
+    pub fn fill(&self) {
+        world().full = true;
     }
 
     /// What was done to interrupts, by number and level.

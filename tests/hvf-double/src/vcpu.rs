@@ -209,12 +209,26 @@ unsafe extern "C" fn hv_vcpu_get_simd_fp_reg(
     })
 }
 
+/// What the header's `simd_uchar16_t` is as an argument: a vector in a vector register, where there
+/// are those (hv_vcpu.h, Procedure Call Standard for the Arm 64-bit Architecture).
+#[cfg(target_arch = "aarch64")]
+type Vector = std::arch::aarch64::uint8x16_t;
+#[cfg(not(target_arch = "aarch64"))]
+type Vector = hv_simd_fp_uchar16_t;
+
 #[unsafe(no_mangle)]
+#[allow(
+    improper_ctypes_definitions,
+    reason = "the compiler passes this type as the C ABI has it"
+)]
 extern "C" fn hv_vcpu_set_simd_fp_reg(
     id: hv_vcpu_t,
     register: hv_simd_fp_reg_t,
-    value: hv_simd_fp_uchar16_t,
+    value: Vector,
 ) -> hv_return_t {
+    // SAFETY: both are sixteen bytes of which every value is one.
+    #[allow(clippy::useless_transmute, reason = "where it is no vector")]
+    let value = unsafe { std::mem::transmute::<Vector, hv_simd_fp_uchar16_t>(value) };
     with(id, |vcpu| {
         vcpu.vectors[register as usize] = value;
         SUCCESS

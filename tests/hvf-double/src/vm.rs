@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 
 use applevisor_sys::hv_error_t::{
-    HV_BAD_ARGUMENT, HV_BUSY, HV_DENIED, HV_NO_DEVICE, HV_UNSUPPORTED,
+    HV_BAD_ARGUMENT, HV_BUSY, HV_DENIED, HV_NO_DEVICE, HV_NO_RESOURCES, HV_UNSUPPORTED,
 };
 use applevisor_sys::{
     HV_MEMORY_EXEC, HV_MEMORY_READ, HV_MEMORY_WRITE, PAGE_SIZE, hv_error_t, hv_ipa_t,
     hv_memory_flags_t, hv_return_t, hv_vm_config_t,
 };
 
-use crate::session::{VCPUS, world};
+use crate::session::{MemoryCall, VCPUS, world};
 
 /// Bits of a guest-physical address: the default, and the most.
 const DEFAULT_IPA: u32 = 36;
@@ -121,6 +121,9 @@ extern "C" fn hv_vm_map(
     if !world.vm {
         return failed(HV_NO_DEVICE);
     }
+    if world.full {
+        return failed(HV_NO_RESOURCES);
+    }
     let page = PAGE_SIZE as u64;
     let aligned = (address as u64).is_multiple_of(page)
         && guest.is_multiple_of(page)
@@ -138,6 +141,7 @@ extern "C" fn hv_vm_map(
         return failed(HV_BAD_ARGUMENT);
     }
     world.mapped.insert(guest, (size, address as usize));
+    world.memory_calls.push(MemoryCall::Map(guest));
     SUCCESS
 }
 
@@ -147,6 +151,7 @@ extern "C" fn hv_vm_unmap(guest: hv_ipa_t, size: usize) -> hv_return_t {
     match world.mapped.get(&guest) {
         Some((len, _)) if *len == size => {
             world.mapped.remove(&guest);
+            world.memory_calls.push(MemoryCall::Unmap(guest));
             SUCCESS
         }
         _ => failed(HV_BAD_ARGUMENT),

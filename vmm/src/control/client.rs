@@ -1,19 +1,21 @@
 //! The parent's side: a VM in a process of its own, held by a [`VmHandle`].
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
-use super::spec::{BootSpec, Files, SpawnConfig};
+use super::spec::{BootSpec, Files, RestoreSpec, SpawnConfig};
 use super::supervisor::{Shared, supervise};
 use crate::devices::virtio::console::ATTACH_LIMIT;
 use crate::jail::Missing;
+use crate::snapshot::{SnapshotError, SnapshotTarget};
 
 /// What a request may take that the child answers by itself.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,6 +66,9 @@ pub enum ControlError {
         /// What came instead.
         found: String,
     },
+    /// The file of a snapshot can't be made, or not be given its name.
+    #[error(transparent)]
+    Snapshot(SnapshotError),
     /// The request itself can't be sent.
     #[error("Request {request}: {found}")]
     Request {
@@ -146,6 +151,37 @@ impl VmHandle {
         let (boot, files) = spec.to_message();
         self.shared
             .done("boot", Body::Boot(Box::new(boot)), &files, timeout)
+    }
+
+    /// Makes a VM that goes on from a snapshot, and starts its processors; legal once, instead of
+    /// [`boot`](Self::boot). Any number of VMs can go on from the same files.
+    pub fn restore(&self, spec: &RestoreSpec, timeout: Duration) -> Result<(), ControlError> {
+        self.shared.state().max_ports = spec.max_ports;
+        let (restore, files) = spec.to_message();
+        self.shared
+            .done("restore", Body::Restore(Box::new(restore)), &files, timeout)
+    }
+
+    /// Writes a paused VM to `dir`, in place of an older snapshot there; answers where that is. With
+    /// `base`, a full snapshot and the diffs on it, it has only what is not the same there. Disks
+    /// are not of it.
+    ///
+    /// # Errors
+    /// The VM is not paused, or has ended; the directory can't be written to.
+    pub fn snapshot(
+        &self,
+        dir: &Path,
+        base: &[File],
+        timeout: Duration,
+    ) -> Result<PathBuf, ControlError> {
+        let target = SnapshotTarget::create(dir).map_err(ControlError::Snapshot)?;
+        let mut files = Files::default();
+        let body = Body::Snapshot {
+            file: files.add(target.file()),
+            base: base.iter().map(|file| files.add(file)).collect(),
+        };
+        self.shared.done("snapshot", body, &files.0, timeout)?;
+        target.commit().map_err(ControlError::Snapshot)
     }
 
     /// Opens a console port to the guest: `input` is what the guest reads, `output` takes what it

@@ -123,11 +123,14 @@ fn send_with_files(
     }
 }
 
+/// The files of a frame; nothing when there were some, and this process can hold no more.
+pub(super) type Carried = Option<Vec<OwnedFd>>;
+
 /// Reads one frame; nothing when the other side closed the socket between two.
 pub(super) fn receive<T: DeserializeOwned>(
     socket: &UnixStream,
     limits: Limits,
-) -> Result<Option<(T, Vec<OwnedFd>)>, FrameError> {
+) -> Result<Option<(T, Carried)>, FrameError> {
     let Some((header, files)) = receive_header(socket, limits)? else {
         return Ok(None);
     };
@@ -140,14 +143,16 @@ pub(super) fn receive<T: DeserializeOwned>(
             limit: limits.body,
         });
     }
-    let most = announced.max(files.len());
+    let most = announced.max(files.as_ref().map_or(0, Vec::len));
     if most > limits.files {
         return Err(FrameError::Files {
             files: most,
             limit: limits.files,
         });
     }
-    if announced != files.len() {
+    if let Some(files) = &files
+        && files.len() != announced
+    {
         return Err(FrameError::FileCount {
             announced,
             carried: files.len(),
@@ -165,13 +170,14 @@ pub(super) fn receive<T: DeserializeOwned>(
     Ok(Some((message, files)))
 }
 
-type Header = ([u8; HEADER], Vec<OwnedFd>);
+type Header = ([u8; HEADER], Carried);
 
 /// Reads a header and the files attached to it. A side that takes no files offers no room for them,
 /// so that none becomes a descriptor.
 fn receive_header(socket: &UnixStream, limits: Limits) -> Result<Option<Header>, FrameError> {
     let mut header = [0; HEADER];
     let mut files = Vec::new();
+    let mut lost = false;
     let mut filled = 0;
     while filled < HEADER {
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
@@ -193,10 +199,14 @@ fn receive_header(socket: &UnixStream, limits: Limits) -> Result<Option<Header>,
                 files.extend(rights);
             }
         }
+        // There is room for as many as can be sent: what is missing has found no descriptor.
         if received.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(FrameError::UnexpectedFiles {
-                limit: limits.files,
-            });
+            if limits.files < MAX_FILES {
+                return Err(FrameError::UnexpectedFiles {
+                    limit: limits.files,
+                });
+            }
+            lost = true;
         }
         match received.bytes {
             0 if filled == 0 => return Ok(None),
@@ -209,5 +219,5 @@ fn receive_header(socket: &UnixStream, limits: Limits) -> Result<Option<Header>,
     for file in &files {
         fcntl_setfd(file, FdFlags::CLOEXEC).map_err(|errno| FrameError::Socket(errno.into()))?;
     }
-    Ok(Some((header, files)))
+    Ok(Some((header, (!lost).then_some(files))))
 }

@@ -7,23 +7,24 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use super::frame::Carried;
 use super::message::{
-    Answer, BalloonStats, Body, Boot, Console, ErrorKind, ErrorMessage, Event, Exit, FileIndex,
-    ToParent,
+    Answer, BalloonStats, Body, Boot, Console, Disk, ErrorKind, ErrorMessage, Event, Exit,
+    FileIndex, Restore, ToParent, Vsock,
 };
 use super::outbox::Outbox;
 use super::server::News;
 use super::{CONTROL, describe};
-use crate::devices::virtio::balloon;
 use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
 use crate::devices::virtio::vsock::VsockConfig;
+use crate::devices::virtio::{FaultObserver, balloon};
 use crate::hypervisor::{Host, HypervisorError};
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{SnapshotError, SnapshotFile};
 use crate::sys::ring::Rings;
 use crate::sys::threads;
-use crate::{DiskConfig, Error, PauseError, RunningVm, Vm, VmConfig};
+use crate::{DiskConfig, Error, PauseError, RestoreConfig, RunningVm, SaveError, Vm, VmConfig};
 
 /// How long a guest may take to say how it uses its memory; what it said before is good enough.
 const STATS_WAIT: Duration = Duration::from_secs(1);
@@ -71,14 +72,36 @@ impl Guest {
         }
     }
 
-    pub(super) fn handle(&mut self, body: Body, files: Vec<OwnedFd>) -> Done {
+    pub(super) fn handle(&mut self, body: Body, files: Carried) -> Done {
+        let Some(files) = files else {
+            let text = "Too many open files in the VM's process";
+            return Done::Now(Err(refuse(ErrorKind::Resource, text)));
+        };
         self.try_handle(body, Files::new(files))
             .unwrap_or_else(|error| Done::Now(Err(error)))
     }
 
     fn try_handle(&mut self, body: Body, mut files: Files) -> Result<Done> {
         match body {
-            Body::Boot(boot) => self.boot(*boot, &mut files)?,
+            Body::Boot(boot) => {
+                let mut config = self.config(*boot, &mut files)?;
+                config.rings = self.rings()?;
+                self.run(|hypervisor| Vm::on(hypervisor, config))?;
+            }
+            Body::Restore(restore) => {
+                let mut config = self.restore_config(*restore, &mut files)?;
+                config.rings = self.rings()?;
+                self.run(|hypervisor| Vm::restore_on(hypervisor, config))?;
+            }
+            Body::Snapshot { file, base } => {
+                let vm = self.vm()?.clone();
+                let file = File::from(files.take(file)?);
+                let base = base
+                    .into_iter()
+                    .map(|file| Ok(File::from(files.take(file)?)))
+                    .collect::<Result<Vec<_>>>()?;
+                return Ok(Done::Later(Box::new(move || snapshot(&vm, &file, base))));
+            }
             Body::Stop => match &self.vm {
                 // The thread that waits for its end tells of it.
                 Some(vm) => vm.stop(),
@@ -146,17 +169,21 @@ impl Guest {
         Ok(Done::Now(Ok(Answer::Done)))
     }
 
-    fn boot(&mut self, boot: Boot, files: &mut Files) -> Result<()> {
+    /// What disks get their rings from, for the one VM there may be.
+    fn rings(&mut self) -> Result<Rings> {
         if self.vm.is_some() {
             return Err(refuse(ErrorKind::State, "The VM has been booted already"));
         }
-        let mut config = self.config(boot, files)?;
-        config.rings = std::mem::take(&mut self.rings);
+        Ok(std::mem::take(&mut self.rings))
+    }
+
+    /// Starts the VM that `build` makes.
+    fn run(&mut self, build: impl FnOnce(Opened) -> std::result::Result<Vm, Error>) -> Result<()> {
         let hypervisor = self
             .hypervisor
             .take()
             .ok_or_else(|| refuse(ErrorKind::State, "A VM has been asked for before"))?;
-        let vm = Vm::on(hypervisor, config)
+        let vm = build(hypervisor)
             .and_then(Vm::start)
             .map_err(|error| refuse(kind(&error), describe(&error)))?;
         let (running, news) = (vm.clone(), self.news.clone());
@@ -172,33 +199,37 @@ impl Guest {
         Ok(())
     }
 
-    fn config(&self, boot: Boot, files: &mut Files) -> Result<VmConfig> {
-        let disks = boot
-            .disks
+    fn restore_config(&self, restore: Restore, files: &mut Files) -> Result<RestoreConfig> {
+        let ports = restore
+            .ports
             .into_iter()
-            .map(|disk| {
-                Ok(DiskConfig {
-                    files: disk
-                        .files
-                        .into_iter()
-                        .map(|file| Ok(File::from(files.take(file)?)))
-                        .collect::<Result<_>>()?,
-                    read_only: disk.read_only,
-                    serial: disk.serial,
-                })
+            .map(|port| {
+                let ends = PortEnds {
+                    input: files.take_if(port.input)?,
+                    output: files.take_if(port.output)?,
+                };
+                Ok((port.port, ends))
             })
             .collect::<Result<_>>()?;
-        let vsock = boot
-            .vsock
-            .map(|vsock| {
-                let listener = UnixListener::from(files.take(vsock.listener)?);
-                Ok(VsockConfig {
-                    cid: vsock.cid,
-                    listener,
-                })
-            })
-            .transpose()?;
-        let outbox = self.outbox.clone();
+        let snapshot = restore
+            .snapshot
+            .into_iter()
+            .map(|file| Ok(File::from(files.take(file)?)))
+            .collect::<Result<_>>()?;
+        Ok(RestoreConfig {
+            snapshot,
+            verify_memory: restore.verify_memory,
+            serial: files.take_if(restore.serial)?,
+            disks: files.disks(restore.disks)?,
+            events: self.port_events(),
+            ports,
+            vsock: files.vsock(restore.vsock)?,
+            rings: Rings::default(),
+            on_device_fault: Some(self.device_faults()),
+        })
+    }
+
+    fn config(&self, boot: Boot, files: &mut Files) -> Result<VmConfig> {
         Ok(VmConfig {
             vcpus: boot.vcpus,
             memory: boot.memory,
@@ -206,25 +237,27 @@ impl Guest {
             initramfs: files.take_if(boot.initramfs)?.map(File::from),
             cmdline: boot.cmdline,
             serial: files.take_if(boot.serial)?,
-            disks,
+            disks: files.disks(boot.disks)?,
             console: boot.console.map(|console| self.console_config(console)),
-            vsock,
+            vsock: files.vsock(boot.vsock)?,
             balloon: boot.balloon,
             rng: boot.rng,
             rings: Rings::default(),
-            on_device_fault: Some(Arc::new(move |device, reason| {
-                outbox.offer(ToParent::Event(Event::DeviceFault {
-                    device: device.to_owned(),
-                    reason: reason.to_owned(),
-                }));
-            })),
+            on_device_fault: Some(self.device_faults()),
         })
     }
 
-    /// Its events wait for the parent when too many do already: so a guest that makes them faster
-    /// than its host takes them is slowed down.
-    fn console_config(&self, console: Console) -> ConsoleConfig {
+    fn device_faults(&self) -> Arc<FaultObserver> {
         let outbox = self.outbox.clone();
+        Arc::new(move |device, reason| {
+            outbox.offer(ToParent::Event(Event::DeviceFault {
+                device: device.to_owned(),
+                reason: reason.to_owned(),
+            }));
+        })
+    }
+
+    fn console_config(&self, console: Console) -> ConsoleConfig {
         ConsoleConfig {
             ports: console
                 .ports
@@ -232,14 +265,21 @@ impl Guest {
                 .map(|name| PortConfig { name })
                 .collect(),
             max_ports: console.max_ports,
-            events: Box::new(move |event| {
-                outbox.send(ToParent::Event(match event {
-                    PortEvent::Opened(port) => Event::PortOpened { port },
-                    PortEvent::Closed(port) => Event::PortClosed { port },
-                    PortEvent::InputEnded(port) => Event::InputEnded { port },
-                }));
-            }),
+            events: self.port_events(),
         }
+    }
+
+    /// Events wait for the parent when too many do already: so a guest that makes them faster than
+    /// its host takes them is slowed down.
+    fn port_events(&self) -> Box<dyn Fn(PortEvent) + Send + Sync> {
+        let outbox = self.outbox.clone();
+        Box::new(move |event| {
+            outbox.send(ToParent::Event(match event {
+                PortEvent::Opened(port) => Event::PortOpened { port },
+                PortEvent::Closed(port) => Event::PortClosed { port },
+                PortEvent::InputEnded(port) => Event::InputEnded { port },
+            }));
+        })
     }
 
     fn vm(&self) -> Result<&RunningVm> {
@@ -302,6 +342,51 @@ impl Files {
 
     fn take_if(&mut self, place: Option<FileIndex>) -> Result<Option<OwnedFd>> {
         place.map(|place| self.take(place)).transpose()
+    }
+
+    fn disks(&mut self, disks: Vec<Disk>) -> Result<Vec<DiskConfig>> {
+        let config = |disk: Disk| {
+            let files = disk.files.into_iter();
+            Ok(DiskConfig {
+                files: files
+                    .map(|file| Ok(File::from(self.take(file)?)))
+                    .collect::<Result<_>>()?,
+                read_only: disk.read_only,
+                serial: disk.serial,
+            })
+        };
+        disks.into_iter().map(config).collect()
+    }
+
+    fn vsock(&mut self, vsock: Option<Vsock>) -> Result<Option<VsockConfig>> {
+        let config = |vsock: Vsock| {
+            Ok(VsockConfig {
+                cid: vsock.cid,
+                listener: UnixListener::from(self.take(vsock.listener)?),
+            })
+        };
+        vsock.map(config).transpose()
+    }
+}
+
+fn snapshot(vm: &RunningVm, file: &File, base: Vec<File>) -> Result<Answer> {
+    let open = |file| SnapshotFile::open(file);
+    let base = base
+        .into_iter()
+        .map(open)
+        .collect::<std::result::Result<Vec<_>, _>>();
+    let base = base.map_err(|error| refuse(ErrorKind::Invalid, describe(&error)))?;
+    let base = (!base.is_empty()).then_some(base.as_slice());
+    match vm.snapshot_to(file, base) {
+        Ok(_) => Ok(Answer::Done),
+        Err(error) => {
+            let kind = match error {
+                SaveError::Running | SaveError::Ended => ErrorKind::State,
+                SaveError::Snapshot(_) => ErrorKind::Resource,
+                SaveError::Quiesce(_) | SaveError::Hypervisor(_) => ErrorKind::Internal,
+            };
+            Err(refuse(kind, describe(&error)))
+        }
     }
 }
 

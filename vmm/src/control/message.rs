@@ -56,6 +56,13 @@ pub(super) enum Body {
     BalloonStats,
     Pause,
     Resume,
+    /// Of a VM that is paused; answered when it is written.
+    Snapshot {
+        file: FileIndex,
+        base: Vec<FileIndex>,
+    },
+    /// Instead of `Boot`.
+    Restore(Box<Restore>),
     Stop,
 }
 
@@ -74,6 +81,26 @@ pub(super) struct Boot {
     pub(super) vsock: Option<Vsock>,
     pub(super) balloon: Option<BalloonConfig>,
     pub(super) rng: bool,
+}
+
+/// A VM that goes on. The fields are those of [`RestoreSpec`](super::RestoreSpec).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Restore {
+    pub(super) snapshot: Vec<FileIndex>,
+    pub(super) verify_memory: bool,
+    pub(super) serial: Option<FileIndex>,
+    pub(super) disks: Vec<Disk>,
+    pub(super) ports: Vec<Port>,
+    pub(super) vsock: Option<Vsock>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Port {
+    pub(super) port: u32,
+    pub(super) input: Option<FileIndex>,
+    pub(super) output: Option<FileIndex>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -17,21 +17,40 @@ mod server;
 mod spec;
 mod supervisor;
 
-use crate::hypervisor::KICK;
+use crate::hypervisor::{KICK, SAVE_VM};
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 pub use client::{ControlError, VmHandle};
 pub use message::{BalloonStats, ErrorKind, ErrorMessage, Event, Exit, LogLevel, VERSION};
 pub(crate) use server::{Start, give_up, serve};
-pub use spec::{BootSpec, ConsoleSpec, DiskSpec, SpawnConfig, VsockSpec};
+pub use spec::{BootSpec, ConsoleSpec, DiskSpec, PortSpec, RestoreSpec, SpawnConfig, VsockSpec};
 
 /// Threads that talk to the parent: frames and the files with them, the console's doors, the VM's
 /// end.
 pub(crate) const CONTROL: Filter = Filter {
     name: "control",
-    tables: &[threads::EVERY, TALK],
+    tables: &[threads::EVERY, TALK, SAVE, SAVE_VM],
 };
+
+/// What it takes to read files that are open, kernels and snapshots, and to write a snapshot, beside
+/// what the vCPUs' own threads do for it.
+pub(crate) const SAVE: &[Rule] = &[
+    allow(calls::SYS_pread64),
+    allow(calls::SYS_pwrite64),
+    allow(calls::SYS_ftruncate),
+    allow(calls::SYS_lseek),
+    allow(calls::SYS_fsync),
+    allow(calls::SYS_fstat),
+    allow_if(calls::SYS_statx, &[When::Masked(2, EMPTY_PATH, EMPTY_PATH)]),
+    allow_if(
+        calls::SYS_newfstatat,
+        &[When::Masked(3, EMPTY_PATH, EMPTY_PATH)],
+    ),
+];
+
+/// `AT_EMPTY_PATH` of linux/fcntl.h: of a file that is open.
+const EMPTY_PATH: u32 = 0x1000;
 
 /// What it takes to talk.
 pub(crate) const TALK: &[Rule] = &[

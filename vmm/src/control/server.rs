@@ -1,13 +1,12 @@
 //! The child's side: makes the VM it is asked for and speaks for it.
 
 use std::convert::Infallible;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::panic;
 use std::process::{self, ExitCode};
 use std::sync::mpsc::{self, Sender};
 
-use super::frame::{self, FROM_CHILD, FROM_PARENT};
+use super::frame::{self, Carried, FROM_CHILD, FROM_PARENT};
 use super::guest::{Done, Guest, Work};
 use super::log::ControlLog;
 use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
@@ -86,7 +85,7 @@ fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Res
 
 /// What the serving thread waits for.
 pub(super) enum News {
-    Request(Request, Vec<OwnedFd>),
+    Request(Request, Carried),
     Ended(Exit),
 }
 

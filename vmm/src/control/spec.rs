@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use crate::devices::virtio::balloon::BalloonConfig;
 use crate::jail::Policy;
 
-use super::message::{Boot, Console, Disk, FileIndex, LogLevel, Vsock};
+use super::message::{Boot, Console, Disk, FileIndex, LogLevel, Port, Restore, Vsock};
 
 /// How to start the VMM process.
 #[derive(Debug, Clone)]
@@ -108,27 +108,87 @@ impl BootSpec {
             initramfs: self.initramfs.as_ref().map(|file| files.add(file)),
             cmdline: self.cmdline.clone(),
             serial: self.serial.as_ref().map(|file| files.add(file)),
-            disks: self
-                .disks
-                .iter()
-                .map(|disk| Disk {
-                    files: disk.files.iter().map(|file| files.add(file)).collect(),
-                    read_only: disk.read_only,
-                    serial: disk.serial.clone(),
-                })
-                .collect(),
+            disks: files.disks(&self.disks),
             console: self.console.as_ref().map(|console| Console {
                 ports: console.ports.clone(),
                 max_ports: console.max_ports,
             }),
-            vsock: self.vsock.as_ref().map(|vsock| Vsock {
-                cid: vsock.cid,
-                listener: files.add(&vsock.listener),
-            }),
+            vsock: files.vsock(self.vsock.as_ref()),
             balloon: self.balloon,
             rng: self.rng,
         };
         (boot, files.0)
+    }
+}
+
+/// A VM that goes on from a snapshot, and what its devices are connected to now. Its shape is the
+/// snapshot's.
+#[derive(Debug)]
+pub struct RestoreSpec {
+    /// A full snapshot and the diffs on it, oldest first. The files must not get shorter while the
+    /// VM lives.
+    pub snapshot: Vec<File>,
+    /// Whether to read all guest RAM first and compare its checksums, for files that aren't the
+    /// host's own.
+    pub verify_memory: bool,
+    /// Where what the guest writes to its serial port goes; dropped when absent.
+    pub serial: Option<OwnedFd>,
+    /// The disks, as many as the snapshot has, in its order.
+    pub disks: Vec<DiskSpec>,
+    /// Ports the snapshot's console has room for; 0 if it has none. Events of others would be a
+    /// broken rule.
+    pub max_ports: u32,
+    /// What ports are connected to. Those left out are closed to the guest.
+    pub ports: Vec<PortSpec>,
+    /// The vsock device, if the snapshot has one.
+    pub vsock: Option<VsockSpec>,
+}
+
+/// What a console port is connected to.
+#[derive(Debug)]
+pub struct PortSpec {
+    /// Its number, from 0.
+    pub port: u32,
+    /// What the guest reads.
+    pub input: Option<OwnedFd>,
+    /// What takes what it writes.
+    pub output: Option<OwnedFd>,
+}
+
+impl RestoreSpec {
+    /// Of a full snapshot, whose RAM is verified, with nothing connected.
+    pub fn new(snapshot: File) -> Self {
+        Self {
+            snapshot: vec![snapshot],
+            verify_memory: true,
+            serial: None,
+            disks: Vec::new(),
+            max_ports: 0,
+            ports: Vec::new(),
+            vsock: None,
+        }
+    }
+
+    /// The message, and the files in the places it names.
+    pub(super) fn to_message(&self) -> (Restore, Vec<BorrowedFd<'_>>) {
+        let mut files = Files::default();
+        let restore = Restore {
+            snapshot: self.snapshot.iter().map(|file| files.add(file)).collect(),
+            verify_memory: self.verify_memory,
+            serial: self.serial.as_ref().map(|file| files.add(file)),
+            disks: files.disks(&self.disks),
+            ports: self
+                .ports
+                .iter()
+                .map(|port| Port {
+                    port: port.port,
+                    input: port.input.as_ref().map(|file| files.add(file)),
+                    output: port.output.as_ref().map(|file| files.add(file)),
+                })
+                .collect(),
+            vsock: files.vsock(self.vsock.as_ref()),
+        };
+        (restore, files.0)
     }
 }
 
@@ -140,5 +200,22 @@ impl<'a> Files<'a> {
     pub(super) fn add(&mut self, file: &'a impl AsFd) -> FileIndex {
         self.0.push(file.as_fd());
         self.0.len() - 1
+    }
+    fn disks(&mut self, disks: &'a [DiskSpec]) -> Vec<Disk> {
+        disks
+            .iter()
+            .map(|disk| Disk {
+                files: disk.files.iter().map(|file| self.add(file)).collect(),
+                read_only: disk.read_only,
+                serial: disk.serial.clone(),
+            })
+            .collect()
+    }
+
+    fn vsock(&mut self, vsock: Option<&'a VsockSpec>) -> Option<Vsock> {
+        vsock.map(|vsock| Vsock {
+            cid: vsock.cid,
+            listener: self.add(&vsock.listener),
+        })
     }
 }

@@ -56,6 +56,7 @@ fn frames_carry_messages_and_files_in_order() {
         .unwrap()
         .unwrap();
     assert_eq!(request.id, 7);
+    let files = files.unwrap();
     assert_eq!(files.len(), 2);
     let mut file = File::from(files.into_iter().next().unwrap());
     file.rewind().unwrap();
@@ -66,7 +67,7 @@ fn frames_carry_messages_and_files_in_order() {
     let (request, files) = frame::receive::<Request>(&theirs, FROM_PARENT)
         .unwrap()
         .unwrap();
-    assert_eq!((request.id, files.len()), (8, 0));
+    assert_eq!((request.id, files.unwrap().len()), (8, 0));
     assert!(matches!(request.body, Body::ResizePort { rows: 25, .. }));
     assert!(
         frame::receive::<Request>(&theirs, FROM_PARENT)
@@ -106,7 +107,7 @@ fn received_files_close_on_exec() {
     let (_, files) = frame::receive::<Request>(&theirs, FROM_PARENT)
         .unwrap()
         .unwrap();
-    let flags = rustix::io::fcntl_getfd(&files[0]).unwrap();
+    let flags = rustix::io::fcntl_getfd(&files.unwrap()[0]).unwrap();
     assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
 }
 

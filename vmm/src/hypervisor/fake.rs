@@ -1,13 +1,17 @@
 //! A hypervisor without a processor: its vCPUs play a script. For tests of what lies above the seam.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::GuestAddress;
 
 use super::{
     Binding, Caps, Fault, Hypervisor, HypervisorError, IrqLine, Kicker, Vcpu, VcpuExit, VcpuSeed,
     VmBackend,
 };
 use crate::arch::{CpuCaps, VcpuSetup};
+use crate::memory::StageTwo;
 use crate::sys::doorbell::Doorbell;
 
 /// One exit of a scripted vCPU.
@@ -54,6 +58,7 @@ pub struct Fake {
     caps: Caps<CpuCaps>,
     scripts: Vec<Vec<Step>>,
     record: Arc<Mutex<Record>>,
+    unit: Option<u64>,
 }
 
 /// What was done to the VM.
@@ -61,6 +66,8 @@ pub struct Fake {
 pub struct Record {
     /// Slot to guest address and length.
     pub mapped: BTreeMap<u32, (u64, u64)>,
+    /// Guest address and length of what was unmapped and mapped again, to be given back.
+    pub renewed: Vec<(u64, u64)>,
     /// Edges by pin.
     pub edges: BTreeMap<u32, u32>,
     /// Doorbells by address and value.
@@ -82,6 +89,15 @@ impl Fake {
             caps,
             scripts,
             record: Arc::default(),
+            unit: None,
+        }
+    }
+
+    /// The same, whose VMs hold on to memory, in units of so many bytes.
+    pub fn holding(self, unit: u64) -> Self {
+        Self {
+            unit: Some(unit),
+            ..self
         }
     }
 
@@ -111,6 +127,7 @@ impl Hypervisor for Fake {
         Ok(FakeVm {
             scripts: self.scripts.clone(),
             record: Arc::clone(&self.record),
+            unit: self.unit,
         })
     }
 }
@@ -120,6 +137,32 @@ impl Hypervisor for Fake {
 pub struct FakeVm {
     scripts: Vec<Vec<Step>>,
     record: Arc<Mutex<Record>>,
+    unit: Option<u64>,
+}
+
+/// Notes what goes through it.
+#[derive(Debug)]
+struct Held {
+    unit: u64,
+    record: Arc<Mutex<Record>>,
+}
+
+impl StageTwo for Held {
+    fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        lock(&self.record).renewed.push((start.0, len));
+        Ok(())
+    }
+
+    fn map(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        match lock(&self.record).renewed.last() {
+            Some(last) if *last == (start.0, len) => Ok(()),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
 }
 
 impl VmBackend for FakeVm {
@@ -143,6 +186,12 @@ impl VmBackend for FakeVm {
     fn unmap(&self, slot: u32) -> Result<(), HypervisorError> {
         lock(&self.record).mapped.remove(&slot);
         Ok(())
+    }
+
+    fn stage_two(&self) -> Option<Box<dyn StageTwo>> {
+        let record = Arc::clone(&self.record);
+        let held = |unit| -> Box<dyn StageTwo> { Box::new(Held { unit, record }) };
+        self.unit.map(held)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<FakeSeed, HypervisorError> {

@@ -17,18 +17,22 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::memory::StageTwo;
 use crate::sys::doorbell::Doorbell;
 
 /// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
 pub(crate) const KICK: i32 = 40;
 
-/// What the thread of a vCPU calls to save it.
+/// What the thread of a vCPU calls to save it, and what whoever saves the rest of a VM does.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub(crate) use kvm::SAVE_VCPU;
+pub(crate) use kvm::{SAVE_VCPU, SAVE_VM};
 
 /// What the thread of a vCPU calls to save it.
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 pub(crate) const SAVE_VCPU: &[crate::jail::Rule] = &[];
+/// What is called to save the rest of a VM.
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+pub(crate) const SAVE_VM: &[crate::jail::Rule] = &[];
 
 /// The hypervisor of the target this crate is built for.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -100,6 +104,11 @@ pub trait VmBackend: Send + Sync + 'static {
     /// # Errors
     /// The call the host refused.
     fn unmap(&self, slot: u32) -> Result<(), HypervisorError>;
+
+    /// What guest RAM has to go through to be given back to the host, if the VM holds on to it.
+    fn stage_two(&self) -> Option<Box<dyn StageTwo>> {
+        None
+    }
 
     /// Makes vCPU `index`.
     ///

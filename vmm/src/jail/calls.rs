@@ -55,6 +55,8 @@ calls! {
     SYS_fcntl
     SYS_fdatasync
     SYS_fstat
+    SYS_fsync
+    SYS_ftruncate
     SYS_futex
     SYS_getpeername
     SYS_getpid

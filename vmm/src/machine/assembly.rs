@@ -126,6 +126,10 @@ where
             // and vm-memory makes no references into it.
             unsafe { backend.map(slot, guest.0, host, len) }?;
         }
+        // Before any device: a balloon asks what can be discarded as one.
+        if let Some(stage_two) = backend.stage_two() {
+            memory.set_stage_two(stage_two);
+        }
         let mut buses = Buses::default();
         let port = board::attach(&backend, &mut buses, serial)?;
         let devices = set.attach(&backend, &mut buses.mmio, port)?;

@@ -13,6 +13,8 @@ use std::sync::{Barrier, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use vm_memory::GuestAddress;
+
 use super::assembly::check;
 use super::*;
 use crate::arch::KernelError;
@@ -303,16 +305,37 @@ fn sizes_are_checked() {
 
 /// Builds a VM of the fake and runs it.
 fn fake(scripts: Vec<Vec<Step>>, change: impl FnOnce(&mut VmConfig)) -> (Fake, Running) {
+    let vcpus = scripts.len() as u32;
+    run_on(Fake::new(scripts), |config| {
+        config.vcpus = vcpus;
+        change(config);
+    })
+}
+
+fn run_on(hypervisor: Fake, change: impl FnOnce(&mut VmConfig)) -> (Fake, Running) {
     let mut config = config(&SPIN);
-    config.vcpus = scripts.len() as u32;
     change(&mut config);
-    let hypervisor = Fake::new(scripts);
     let kernel = check(&config).unwrap();
     let running = Assembly::new(&hypervisor, config, &kernel)
         .unwrap()
         .start()
         .unwrap();
     (hypervisor, running)
+}
+
+#[test]
+fn memory_that_the_hypervisor_holds_goes_back_through_it() {
+    const UNIT: u64 = 2 << 20;
+    let scripts = vec![vec![Step::UntilKicked]];
+    let (hypervisor, running) = run_on(Fake::new(scripts).holding(UNIT), |_| ());
+    assert_eq!(running.memory.discard_unit(), UNIT);
+    running
+        .memory
+        .discard(GuestAddress(4 * UNIT), UNIT)
+        .unwrap();
+    assert_eq!(hypervisor.record().renewed, [(4 * UNIT, UNIT)]);
+    running.stop();
+    assert_eq!(running.wait(), Exit::Stopped);
 }
 
 #[test]

@@ -46,11 +46,15 @@ struct Region {
 /// unmapped, replaced and mapped again to be given back. Linux needs none, as KVM follows this
 /// process's map.
 pub trait StageTwo: fmt::Debug + Send + Sync {
-    /// Takes `len` bytes at a guest address out of the guest's map.
+    /// Bytes that go and come as one, aligned in the guest: a power of two, and whole pages of the
+    /// host.
+    fn unit(&self) -> u64;
+
+    /// Takes `len` bytes at a guest address, whole units, out of the guest's map; all or none.
     fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()>;
 
-    /// Maps them again, from `host`.
-    fn map(&self, start: GuestAddress, host: *mut u8, len: u64) -> io::Result<()>;
+    /// Maps them again, where in the host they were.
+    fn map(&self, start: GuestAddress, len: u64) -> io::Result<()>;
 }
 
 /// A range of guest RAM that begins as a part of a file.
@@ -106,15 +110,15 @@ pub enum DiscardError {
         /// Bytes.
         len: u64,
     },
-    /// The range does not start and end on a host page.
-    #[error("Range {start:#x}+{len:#x} is not made of whole host pages of {page} bytes")]
+    /// The range does not start and end where it can be cut.
+    #[error("Range {start:#x}+{len:#x} is not made of whole units of {unit} bytes")]
     Unaligned {
         /// First guest address.
         start: u64,
         /// Bytes.
         len: u64,
-        /// Bytes in a host page.
-        page: u64,
+        /// Bytes that can only be discarded together.
+        unit: u64,
     },
     /// The host refused.
     #[error("Host did not discard {len:#x} bytes of guest RAM at {start:#x}")]
@@ -268,24 +272,32 @@ impl GuestMemory {
         self.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Bytes in a page of the host: what [`discard`](Self::discard) works in.
+    /// Bytes in a page of the host.
     pub fn host_page(&self) -> u64 {
         mapping::host_page()
     }
 
+    /// What [`discard`](Self::discard) works in: a page of the host, or what the hypervisor takes
+    /// from a guest as one.
+    pub fn discard_unit(&self) -> u64 {
+        let stage_two = self.ram.stage_two.get();
+        stage_two.map_or_else(mapping::host_page, |stage_two| stage_two.unit())
+    }
+
     /// Gives `len` bytes from `start` back to the host; the guest reads zeroes there until it writes
-    /// again. Both are multiples of [`host_page`](Self::host_page); the range lies within one region.
+    /// again. Both are multiples of [`discard_unit`](Self::discard_unit); the range lies within one
+    /// region.
     ///
     /// # Errors
-    /// A range that is not whole pages of one region, or a host that refuses; nothing was discarded
+    /// A range that is not whole units of one region, or a host that refuses; nothing was discarded
     /// in the former case.
     pub fn discard(&self, start: GuestAddress, len: u64) -> Result<(), DiscardError> {
-        let page = self.host_page();
-        if !start.0.is_multiple_of(page) || !len.is_multiple_of(page) {
+        let unit = self.discard_unit();
+        if !start.0.is_multiple_of(unit) || !len.is_multiple_of(unit) {
             return Err(DiscardError::Unaligned {
                 start: start.0,
                 len,
-                page,
+                unit,
             });
         }
         let (region, offset) = self.place(start, len)?;
@@ -339,8 +351,8 @@ impl GuestMemory {
 }
 
 impl Region {
-    /// Replaces memory while the guest has no map of it. What fails leaves the guest with the old
-    /// memory.
+    /// Replaces memory while the guest has no map of it. What fails before the last step leaves the
+    /// guest with the old memory.
     fn renew(
         &self,
         stage_two: &dyn StageTwo,
@@ -348,10 +360,9 @@ impl Region {
         offset: u64,
         len: u64,
     ) -> io::Result<()> {
-        let at = usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         stage_two.unmap(start, len)?;
         let renewed = self.mapping.renew(offset, len);
-        stage_two.map(start, self.mapping.as_ptr().wrapping_add(at), len)?;
+        stage_two.map(start, len)?;
         renewed
     }
 }

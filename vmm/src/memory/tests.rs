@@ -194,19 +194,20 @@ fn a_file_shorter_than_the_guests_ram_is_refused() {
     );
 }
 
-/// What was called, with guest address, host address and length.
-type Call = (&'static str, u64, usize, u64);
+/// What was called, with guest address and length.
+type Call = (&'static str, u64, u64);
 
 /// Notes what it is told, and refuses to map or unmap on request.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Map {
+    unit: u64,
     calls: Arc<Mutex<Vec<Call>>>,
     refuses: Arc<Mutex<Option<&'static str>>>,
 }
 
 impl Map {
-    fn note(&self, call: &'static str, start: u64, host: usize, len: u64) -> io::Result<()> {
-        self.calls.lock().unwrap().push((call, start, host, len));
+    fn note(&self, call: &'static str, start: u64, len: u64) -> io::Result<()> {
+        self.calls.lock().unwrap().push((call, start, len));
         if *self.refuses.lock().unwrap() == Some(call) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -215,30 +216,61 @@ impl Map {
 }
 
 impl StageTwo for Map {
-    fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()> {
-        self.note("unmap", start.0, 0, len)
+    fn unit(&self) -> u64 {
+        self.unit
     }
 
-    fn map(&self, start: GuestAddress, host: *mut u8, len: u64) -> io::Result<()> {
-        self.note("map", start.0, host as usize, len)
+    fn unmap(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        self.note("unmap", start.0, len)
     }
+
+    fn map(&self, start: GuestAddress, len: u64) -> io::Result<()> {
+        self.note("map", start.0, len)
+    }
+}
+
+/// Memory of a hypervisor that takes `pages` at once.
+fn mapped(pages: u64) -> (GuestMemory, Map) {
+    let memory = two_regions();
+    let map = Map {
+        unit: pages * memory.host_page(),
+        calls: Arc::default(),
+        refuses: Arc::default(),
+    };
+    memory.set_stage_two(Box::new(map.clone()));
+    (memory, map)
+}
+
+#[test]
+fn what_a_hypervisor_takes_as_one_is_discarded_as_one() {
+    let (memory, map) = mapped(16);
+    let page = memory.host_page();
+    assert_eq!(memory.discard_unit(), 16 * page);
+    for (start, len) in [(16, 15), (17, 16), (8, 16)] {
+        let refused = memory.discard(GuestAddress(start * page), len * page);
+        assert!(matches!(refused, Err(DiscardError::Unaligned { .. })));
+    }
+    assert!(map.calls.lock().unwrap().is_empty());
+    memory.discard(GuestAddress(16 * page), 32 * page).unwrap();
+    let range = (16 * page, 32 * page);
+    assert_eq!(
+        *map.calls.lock().unwrap(),
+        [("unmap", range.0, range.1), ("map", range.0, range.1)]
+    );
 }
 
 #[test]
 fn a_hypervisor_that_holds_pages_is_told_before_and_after() {
-    let memory = two_regions();
-    let map = Map::default();
-    memory.set_stage_two(Box::new(map.clone()));
+    let (memory, map) = mapped(1);
     discard_the_middle(&memory);
     map.calls.lock().unwrap().clear();
 
     let (start, page) = (GuestAddress((1 << 32) + 4096 * 16), memory.host_page() * 2);
-    let host = memory.host_ranges().nth(1).unwrap().1 as usize + 4096 * 16;
     memory.write_obj(5_u8, start).unwrap();
     memory.discard(start, page).unwrap();
     assert_eq!(
         *map.calls.lock().unwrap(),
-        [("unmap", start.0, 0, page), ("map", start.0, host, page)]
+        [("unmap", start.0, page), ("map", start.0, page)]
     );
     assert_eq!(memory.read_obj::<u8>(start).unwrap(), 0);
 

@@ -78,11 +78,12 @@ fn pages_of_zeroes_take_no_room_and_mapping_reads_nothing() {
     assert!(used < 512 << 10, "{used} bytes on the disk");
     let mapped = image::map(&[open(&file)]).unwrap();
     for (_, host, len) in mapped.host_ranges() {
-        assert_eq!(resident_kib(host, len), 0);
+        assert!(resident_kib(host, len).is_none_or(|kib| kib == 0));
     }
     mapped.write_obj(5_u8, GuestAddress(8192)).unwrap();
     let (_, host, len) = mapped.host_ranges().next().unwrap();
-    assert_eq!(resident_kib(host, len), mapped.host_page() / 1024);
+    let page = mapped.host_page() / 1024;
+    assert!(resident_kib(host, len).is_none_or(|kib| kib == page));
 }
 
 #[test]

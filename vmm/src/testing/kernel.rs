@@ -24,14 +24,9 @@ pub fn load_kernel(file: &mut File, initramfs: &mut File) {
             kernel_file: file,
             initramfs: Some(initramfs),
             command_line: "quiet",
-            seed: [0; 32],
-        };
-        let platform = current::Platform {
-            vcpus: 1,
-            virtio_devices: 2,
-            com1: true,
+            seed: [0; current::SEED_LEN],
         };
         // What it answers is its business; it may not panic.
-        let _ = current::load(&memory, source, platform);
+        let _ = current::load(&memory, source, current::Platform::ordinary());
     }
 }

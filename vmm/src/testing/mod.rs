@@ -14,7 +14,6 @@ mod driver;
 mod guest;
 pub mod hostile;
 mod kernel;
-#[cfg(target_os = "linux")]
 pub mod residency;
 mod rig;
 pub mod suite;

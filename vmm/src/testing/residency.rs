@@ -1,13 +1,16 @@
-//! What memory of this process is its own, as Linux accounts for it.
+//! What memory of this process is its own, as Linux accounts for it; other systems don't tell.
 
 use std::fs;
 
-/// KiB of `len` bytes at `start` that this process has in memory, shared or not. Mappings must begin
-/// and end with the range.
+/// KiB of `len` bytes at `start` that this process has in memory, shared or not; nothing where the
+/// system has no such account. Mappings must begin and end with the range.
 ///
 /// # Panics
 /// When the kernel doesn't tell.
-pub fn resident_kib(start: *const u8, len: u64) -> u64 {
+pub fn resident_kib(start: *const u8, len: u64) -> Option<u64> {
+    if cfg!(not(target_os = "linux")) {
+        return None;
+    }
     let start = start.addr() as u64;
     let smaps = fs::read_to_string("/proc/self/smaps").expect("Linux");
     let mut within = false;
@@ -23,5 +26,5 @@ pub fn resident_kib(start: *const u8, len: u64) -> u64 {
             sum += kib.expect("a number");
         }
     }
-    sum
+    Some(sum)
 }

@@ -49,7 +49,7 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// A test that needs /dev/kvm; says why when it can't run.
-fn kvm_test(name: &str, run: fn() -> Outcome) -> Trial {
+pub(crate) fn kvm_test(name: &str, run: fn() -> Outcome) -> Trial {
     Trial::ignorable_test(name, move || {
         let kvm = File::options().read(true).write(true).open("/dev/kvm");
         if let Err(error) = kvm {
@@ -79,7 +79,7 @@ pub(crate) fn no_kernel() -> Result<BootSpec, Failed> {
 }
 
 /// A VM that runs `code`, and what it writes to its serial port.
-fn guest(code: &[u8]) -> Result<(BootSpec, std::io::PipeReader), Failed> {
+pub(crate) fn guest(code: &[u8]) -> Result<(BootSpec, std::io::PipeReader), Failed> {
     let (reader, writer) = std::io::pipe()?;
     let mut kernel = tempfile::tempfile()?;
     kernel.write_all(&elf(code))?;

@@ -16,6 +16,8 @@ mod ends;
 #[cfg(target_os = "linux")]
 mod hostile;
 #[cfg(target_os = "linux")]
+mod snapshot;
+#[cfg(target_os = "linux")]
 mod support;
 
 use std::process::ExitCode;
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         denied::tests(),
         ends::tests(),
         bare_metal::tests(),
+        snapshot::tests(),
     ]
     .into_iter()
     .flatten()

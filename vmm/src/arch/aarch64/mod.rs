@@ -94,6 +94,19 @@ impl Platform {
             levels: caps.levels,
         }
     }
+
+    /// Of a machine like most.
+    #[cfg(any(test, feature = "testing"))]
+    #[allow(dead_code, reason = "for the architecture that is current")]
+    pub(crate) fn ordinary() -> Self {
+        Self {
+            vcpus: 1,
+            virtio_devices: 2,
+            serial: true,
+            gic: Gic::V3,
+            levels: false,
+        }
+    }
 }
 
 /// What a VM boots from.

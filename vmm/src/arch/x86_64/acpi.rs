@@ -51,6 +51,16 @@ impl Platform {
             com1,
         }
     }
+
+    /// Of a machine like most.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn ordinary() -> Self {
+        Self {
+            vcpus: 1,
+            virtio_devices: 2,
+            com1: true,
+        }
+    }
 }
 
 /// Writes all tables; answers where the RSDP is.

@@ -82,6 +82,11 @@ impl Trap {
     }
 }
 
+/// Whether a syndrome is of an access, or a fetch, where nothing was mapped: a translation fault.
+pub(super) fn is_untranslated(syndrome: u64) -> bool {
+    matches!(syndrome >> 26 & 0x3f, 0x20 | 0x24) && syndrome & 0x3c == 0x04
+}
+
 impl Access {
     /// What a load leaves in its register.
     pub(super) fn extend(self, bytes: [u8; 8]) -> u64 {

@@ -17,7 +17,6 @@ mod state;
 mod tests;
 mod vcpu;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -30,8 +29,9 @@ use applevisor::vm::{GicEnabled, VirtualMachine, VirtualMachineConfig, VirtualMa
 use super::{Binding, Caps, Hypervisor, HypervisorError, IrqLine, VmBackend};
 use crate::arch::aarch64::psci::Processors;
 use crate::arch::aarch64::{CpuCaps, Gic, layout};
+use crate::memory::StageTwo;
 use crate::sys::doorbell::Doorbell;
-use memory::Chunks;
+use memory::{Pieces, Slots};
 pub use state::{VcpuState, VmState};
 pub use vcpu::{HvfKicker, HvfSeed, HvfVcpu};
 
@@ -86,8 +86,8 @@ impl Hypervisor for Hvf {
                 processors: Processors::default(),
                 epoch: Mutex::new(counter()),
                 opaque: AtomicU64::new(0),
+                slots: Slots::default(),
             }),
-            chunks: Mutex::default(),
         })
     }
 }
@@ -179,6 +179,7 @@ struct Machine {
     epoch: Mutex<u64>,
     /// Accesses of the guest whose syndrome did not say what they do.
     opaque: AtomicU64,
+    slots: Slots,
 }
 
 impl Machine {
@@ -217,7 +218,6 @@ fn counter() -> u64 {
 #[derive(Debug)]
 pub struct HvfVm {
     machine: Arc<Machine>,
-    chunks: Mutex<BTreeMap<u32, Chunks>>,
 }
 
 impl VmBackend for HvfVm {
@@ -233,16 +233,16 @@ impl VmBackend for HvfVm {
         len: u64,
     ) -> Result<(), HypervisorError> {
         // SAFETY: the caller keeps the memory mapped for as long as the slot lives.
-        let chunks = unsafe { Chunks::map(guest, host, len) }.map_err(call("hv_vm_map"))?;
-        self.chunks().insert(slot, chunks);
-        Ok(())
+        unsafe { self.machine.slots.map(slot, guest, host, len) }.map_err(call("hv_vm_map"))
     }
 
     fn unmap(&self, slot: u32) -> Result<(), HypervisorError> {
-        self.chunks()
-            .remove(&slot)
-            .map_or(Ok(()), Chunks::unmap)
-            .map_err(call("hv_vm_unmap"))
+        let unmapped = self.machine.slots.unmap(slot);
+        unmapped.map_err(call("hv_vm_unmap"))
+    }
+
+    fn stage_two(&self) -> Option<Box<dyn StageTwo>> {
+        Some(Box::new(Pieces(Arc::clone(&self.machine))))
     }
 
     fn create_vcpu(&self, index: u32) -> Result<HvfSeed, HypervisorError> {
@@ -275,21 +275,13 @@ impl HvfVm {
     pub fn opaque_accesses(&self) -> u64 {
         self.machine.opaque.load(Ordering::Relaxed)
     }
-
-    fn chunks(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Chunks>> {
-        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for HvfVm {
     /// The vCPUs have gone, each on its thread. The guest's memory goes before the VM, whose owner
     /// then lets go of the host's.
     fn drop(&mut self) {
-        for (slot, chunks) in std::mem::take(&mut *self.chunks()) {
-            if let Err(error) = chunks.unmap() {
-                tracing::error!(slot, %error, "hv_vm_unmap failed");
-            }
-        }
+        self.machine.slots.clear();
         let instance = self
             .machine
             .instance

@@ -134,7 +134,7 @@ impl VcpuState {
         self.on
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(target_os = "macos")))]
     pub(super) fn timer_is_masked(&self) -> bool {
         self.timer_masked
     }

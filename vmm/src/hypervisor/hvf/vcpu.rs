@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use applevisor::error::HypervisorError as HvError;
 use applevisor::vcpu::{ExitReason, Reg, SysReg, Vcpu as Raw, VcpuExit as RawExit, VcpuHandle};
 
-use super::exit::{Access, INSTRUCTION, SystemRegister, Trap};
+use super::exit::{Access, INSTRUCTION, SystemRegister, Trap, is_untranslated};
 use super::registers::{GENERAL, is_news};
 use super::state::{self, VcpuState};
 use super::{Machine, call};
@@ -270,6 +270,10 @@ impl HvfVcpu {
             }
         }
         let (syndrome, address) = (exit.exception.syndrome, exit.exception.physical_address);
+        // Memory that is just being replaced for the balloon: the same again finds it.
+        if is_untranslated(syndrome) && self.machine.slots.has(address) {
+            return Ok(None);
+        }
         match Trap::decode(syndrome) {
             Trap::Hypercall => self.power_call(),
             Trap::SecureCall => {

@@ -23,3 +23,14 @@ pub(crate) const SAVE_VCPU: &[Rule] = &[allow_if(
         When::Is(1, 0x9000_aecf),
     ],
 )];
+
+/// All that saving the rest of a VM takes.
+pub(crate) const SAVE_VM: &[Rule] = &[allow_if(
+    libc::SYS_ioctl,
+    &[
+        // KVM_GET_IRQCHIP, _PIT2, _CLOCK.
+        When::Is(1, 0xc208_ae62),
+        When::Is(1, 0x8070_ae9f),
+        When::Is(1, 0x8030_ae7c),
+    ],
+)];

@@ -25,7 +25,7 @@ use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
 use x86_64::Extent;
 
-pub(crate) use calls::SAVE_VCPU;
+pub(crate) use calls::{SAVE_VCPU, SAVE_VM};
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
 pub use x86_64::{VcpuState, VmState};

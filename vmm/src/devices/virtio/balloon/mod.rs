@@ -93,7 +93,8 @@ impl Discard for GuestMemory {
 /// What discarding depends on.
 #[derive(Debug)]
 struct Host {
-    /// Bytes of a page of the host: a power of two, at least [`PAGE`].
+    /// Bytes that the host takes back as one, such as a page of its own: a power of two, at least
+    /// [`PAGE`].
     page: u64,
     discard: Box<dyn Discard>,
 }
@@ -101,7 +102,7 @@ struct Host {
 impl Host {
     fn of(memory: &GuestMemory) -> Self {
         Self {
-            page: memory.host_page().max(PAGE),
+            page: memory.discard_unit().max(PAGE),
             discard: Box::new(memory.clone()),
         }
     }
