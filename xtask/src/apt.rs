@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::paths;
 use crate::step::{output, quiet, step, text};
 
@@ -51,31 +52,55 @@ pub(crate) fn codename() -> Result<String> {
 #[derive(Debug)]
 pub(crate) struct Suite {
     name: String,
-    dir: PathBuf,
+    arch: Arch,
+    /// Nothing for this machine's own sources, which are as they are.
+    dir: Option<PathBuf>,
 }
 
 impl Suite {
     /// Opens the state of `name`, with fresh package lists.
     pub(crate) fn open(name: &str) -> Result<Self> {
-        let dir = paths::cache()?.join("apt").join(name);
+        Self::open_for(name, Arch::HOST)
+    }
+
+    /// This machine's own sources, with its security updates; for another architecture a state of
+    /// the same release.
+    pub(crate) fn of_release(arch: Arch) -> Result<Self> {
+        let name = codename()?;
+        if arch.is_foreign() {
+            return Self::open_for(&name, arch);
+        }
+        Ok(Self {
+            name,
+            arch,
+            dir: None,
+        })
+    }
+
+    /// Opens the state of `name` with packages for `arch`.
+    pub(crate) fn open_for(name: &str, arch: Arch) -> Result<Self> {
+        let dir = paths::cache()?.join("apt").join(arch.suffixed(name));
         for part in ["lists/partial", "cache/archives/partial", "debs"] {
             paths::make_dir(&dir.join(part))?;
         }
         let suite = Self {
             name: name.to_owned(),
-            dir,
+            arch,
+            dir: Some(dir.clone()),
         };
-        let _lock = paths::lock(&suite.dir, "state")?;
-        fs::write(suite.dir.join("sources.list"), suite.sources()?)
+        let _lock = paths::lock(&dir, "state")?;
+        fs::write(dir.join("sources.list"), suite.sources()?)
             .context("cannot write a private sources.list")?;
-        step(&format!("package lists of {name}"), || {
-            quiet(
-                Command::new("apt-get")
-                    .args(suite.options())
-                    .args(["update", "-qq"]),
-            )
-        })?;
+        step(&format!("package lists of {name}"), || suite.update())?;
         Ok(suite)
+    }
+
+    fn update(&self) -> Result<()> {
+        quiet(
+            Command::new("apt-get")
+                .args(self.options())
+                .args(["update", "-qq"]),
+        )
     }
 
     /// Lines of a sources.list for this suite. A backports suite comes with the release it extends.
@@ -92,11 +117,40 @@ impl Suite {
 
     /// Downloads packages (not their dependencies) and returns the files, in the order asked.
     pub(crate) fn download(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let _lock = paths::lock(&self.dir, "state")?;
+        let dir = match &self.dir {
+            Some(dir) => dir.clone(),
+            None => paths::cache()?.join("apt/here"),
+        };
+        let _lock = paths::lock(&dir, "state")?;
         packages
             .iter()
-            .map(|name| download(&self.options(), name, &self.dir.join("debs")))
+            .map(|name| download(&self.options(), name, &dir.join("debs")))
             .collect()
+    }
+
+    /// `Depends:` of a package, with fresh lists where the ones at hand don't have it.
+    pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let ask = || {
+            let mut command = Command::new("apt-cache");
+            command.args(self.options());
+            text(command.args(["show", "--no-all-versions", package]))
+        };
+        let said = match ask() {
+            Ok(said) if !said.is_empty() => said,
+            _ => {
+                self.update()?;
+                ask()?
+            }
+        };
+        let field = said
+            .lines()
+            .find_map(|line| line.strip_prefix("Depends:"))
+            .unwrap_or_default();
+        Ok(field
+            .split(',')
+            .filter_map(|item| item.split_whitespace().next())
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Every version of a package the suite offers.
@@ -122,38 +176,33 @@ impl Suite {
     }
 
     fn options(&self) -> Vec<OsString> {
+        let Some(dir) = &self.dir else {
+            return Vec::new();
+        };
         let path = |option: &str, part: &str| {
             let mut text = OsString::from(format!("-o{option}="));
-            text.push(self.dir.join(part));
+            text.push(dir.join(part));
             text
         };
-        vec![
+        let mut options = vec![
             path("Dir::State::Lists", "lists"),
             path("Dir::Etc::SourceList", "sources.list"),
             path("Dir::Cache", "cache"),
             "-oDir::Etc::SourceParts=-".into(),
             "-oAPT::Get::List-Cleanup=0".into(),
-        ]
+        ];
+        if self.arch.is_foreign() {
+            options.push(format!("-oAPT::Architecture={}", self.arch.debian()).into());
+            // What is installed here is of another architecture.
+            options.push("-oDir::State::status=/dev/null".into());
+        }
+        options
     }
 }
 
 /// Downloads a package of this machine's own sources into `dir`, unless it is there.
 pub(crate) fn download_here(name: &str, dir: &Path) -> Result<PathBuf> {
     download(&[], name, dir)
-}
-
-/// `Depends:` of a package in this machine's own sources.
-pub(crate) fn depends(name: &str) -> Result<Vec<String>> {
-    let said = text(Command::new("apt-cache").args(["show", "--no-all-versions", name]))?;
-    let field = said
-        .lines()
-        .find_map(|line| line.strip_prefix("Depends:"))
-        .unwrap_or_default();
-    Ok(field
-        .split(',')
-        .filter_map(|item| item.split_whitespace().next())
-        .map(str::to_owned)
-        .collect())
 }
 
 /// Unpacks a package's files into `dir`.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
 use crate::programs::{self, Launch};
@@ -24,7 +25,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
-    build::build(&kernel::ensure()?)?;
+    build::build(&kernel::ensure(Arch::HOST)?)?;
     let place = host::place();
     host::announce(&place);
     let launch = |icount: bool| {
@@ -44,11 +45,12 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         };
         step(name, || {
             let launch = Launch {
+                arch: Arch::HOST,
                 program: "bench",
                 containerd: Version::Newest,
                 args: &all,
                 timeout: Some(LIMIT),
-                out: Some(paths::products().join("bench")),
+                out: Some(paths::products(Arch::HOST).join("bench")),
                 icount,
             };
             programs::launch(place, launch, &mut io::stdout())

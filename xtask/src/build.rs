@@ -7,19 +7,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::arch::Arch;
 use crate::cpio::Archive;
 use crate::kernel::{self, Kernel, stock};
 use crate::step::{call, quiet, sha256_file, step};
-use crate::{apt, paths, programs};
+use crate::{cross, paths, programs};
 
-/// Built for this target by name, so that flags for it don't reach build scripts and macros.
-pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The guest's first process.
+const AGENT: &str = "supermachine-agent";
 
 /// Package and binary of what an installation has.
 const BINARIES: &[(&str, &str)] = &[
     ("supermachine-shim", "containerd-shim-supermachine-v2"),
     ("supermachine-runtime", "supermachine"),
-    ("supermachine-agent", "supermachine-agent"),
+    ("supermachine-agent", AGENT),
 ];
 
 /// Where the installed files are on a machine, relative to its root.
@@ -32,103 +33,118 @@ pub(crate) struct Args {
     /// With the stock Debian kernel even if the lean one is cached
     #[arg(long)]
     stock: bool,
+    /// The processor it is for
+    #[arg(long, value_enum, default_value_t)]
+    arch: Arch,
+    /// Only what runs in the guest, for a host that is built elsewhere, such as a Mac: `vmlinux` and
+    /// `initramfs.cpio`
+    #[arg(long)]
+    guest: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<PathBuf> {
     let kernel = if args.stock {
-        stock::ensure()?
+        stock::ensure(args.arch)?
     } else {
-        best_kernel()?
+        best_kernel(args.arch)?
     };
+    if args.guest {
+        let folder = guest(&kernel)?;
+        println!("{}", folder.display());
+        return Ok(folder);
+    }
     build(&kernel)?;
-    let layout = layout()?;
+    let layout = layout(args.arch)?;
     println!("{}", layout.display());
     Ok(layout)
 }
 
 /// The lean kernel where it is cached, otherwise Debian's.
-pub(crate) fn best_kernel() -> Result<Kernel> {
-    match kernel::cached()? {
+pub(crate) fn best_kernel(arch: Arch) -> Result<Kernel> {
+    match kernel::cached(arch)? {
         Some(kernel) => Ok(kernel),
-        None => stock::ensure(),
+        None => stock::ensure(arch),
     }
 }
 
 /// Builds with the best kernel at hand.
-pub(crate) fn ensure() -> Result<()> {
-    build(&best_kernel()?)
+pub(crate) fn ensure(arch: Arch) -> Result<()> {
+    build(&best_kernel(arch)?)
 }
 
-/// Builds everything into [`paths::products`].
+/// Builds everything for the kernel's processor into [`paths::products`].
 pub(crate) fn build(kernel: &Kernel) -> Result<()> {
-    apt::ensure(&["binutils", "gcc", "libseccomp-dev", "pkg-config"])?;
-    step("static binaries", binaries)?;
-    programs::install()?;
+    let arch = kernel.arch;
+    step("static binaries", || binaries(arch))?;
+    programs::install(arch)?;
     step("initramfs and installation tree", || {
         let _lock = paths::lock(&paths::target(), "products")?;
-        let share = paths::products().join("share");
+        let share = paths::products(arch).join("share");
         paths::make_dir(&share)?;
-        let agent = paths::products().join("bin/supermachine-agent");
+        let agent = paths::products(arch).join("bin/supermachine-agent");
         fs::write(share.join("initramfs.cpio"), initramfs(&agent, None)?)
             .context("cannot write the initramfs")?;
-        if let Ok(stock) = stock::ensure() {
+        if let Ok(stock) = stock::ensure(arch) {
             fs::write(
                 share.join("initramfs-stock.cpio"),
                 initramfs(&agent, Some(&stock))?,
             )
             .context("cannot write the initramfs")?;
         }
-        collect_kernels(&share)?;
+        collect_kernels(arch, &share)?;
         arrange(kernel, &share)
     })
 }
 
+/// Builds the guest's side alone: a folder with its kernel and initramfs.
+fn guest(kernel: &Kernel) -> Result<PathBuf> {
+    let arch = kernel.arch;
+    step("agent", || {
+        let mut command = cross::cargo("build", arch)?;
+        call(command.args(["-p", "supermachine-agent", "--bin", AGENT]))
+    })?;
+    let folder = paths::products(arch).join("guest");
+    paths::make_dir(&folder)?;
+    install_stripped(&built(arch, AGENT), &folder, arch)?;
+    let agent = folder.join(AGENT);
+    let archive = initramfs(&agent, kernel.stock.then_some(kernel))?;
+    fs::write(folder.join("initramfs.cpio"), archive).context("cannot write the initramfs")?;
+    fs::remove_file(&agent).context("cannot remove the agent beside its initramfs")?;
+    fs::copy(kernel.image(), folder.join("vmlinux")).context("cannot copy the kernel")?;
+    eprintln!("    guest kernel: {}", kernel.name());
+    Ok(folder)
+}
+
 /// Where the kernels are that tests boot beside the installed one.
-pub(crate) fn kernels() -> PathBuf {
-    paths::products().join("kernels")
+pub(crate) fn kernels(arch: Arch) -> PathBuf {
+    paths::products(arch).join("kernels")
 }
 
 /// Debian's kernel with its initramfs, and ours as a bzImage, as far as they are there.
-fn collect_kernels(share: &Path) -> Result<()> {
-    paths::remove_dir(&kernels())?;
-    paths::make_dir(&kernels())?;
+fn collect_kernels(arch: Arch, share: &Path) -> Result<()> {
+    let folder = kernels(arch);
+    paths::remove_dir(&folder)?;
+    paths::make_dir(&folder)?;
     let place = |from: &Path, name: &str| {
-        fs::copy(from, kernels().join(name)).with_context(|| format!("cannot copy {name}"))
+        fs::copy(from, folder.join(name)).with_context(|| format!("cannot copy {name}"))
     };
-    if let Ok(stock) = stock::ensure() {
+    if let Ok(stock) = stock::ensure(arch) {
         place(&stock.dir.join("vmlinuz"), "vmlinuz-stock")?;
         let initramfs = "initramfs-stock.cpio";
         place(&share.join(initramfs), initramfs)?;
     }
-    if let Some(lean) = kernel::cached()? {
+    if arch == Arch::X86_64
+        && let Some(lean) = kernel::cached(arch)?
+    {
         place(&lean.dir.join("bzImage"), "bzImage")?;
     }
     Ok(())
 }
 
-/// A cargo command for static binaries of ours.
-fn cargo(subcommand: &str) -> Command {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command
-        .current_dir(paths::root())
-        .args([subcommand, "--release", "--target", TARGET])
-        .env(
-            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-            "-C target-feature=+crt-static",
-        )
-        .env("LIBSECCOMP_LINK_TYPE", "static")
-        .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu")
-        // Set by `cargo run` for this program; they would confuse the inner cargo's caching.
-        .env_remove("CARGO_MANIFEST_DIR")
-        .env_remove("CARGO_PKG_NAME");
-    command
-}
-
 /// One cargo for all of them, the programs of the tests included: with another choice of packages
 /// cargo chooses other features, and builds every dependency again.
-fn binaries() -> Result<()> {
-    let mut command = cargo("build");
+fn binaries(arch: Arch) -> Result<()> {
+    let mut command = cross::cargo("build", arch)?;
     command.args(["-p", programs::PACKAGE]);
     for program in programs::PROGRAMS {
         command.args(["--bin", program]);
@@ -141,25 +157,28 @@ fn binaries() -> Result<()> {
         command.args(["--example", example]);
     }
     call(&mut command)?;
-    let bin = paths::products().join("bin");
+    let bin = paths::products(arch).join("bin");
     paths::make_dir(&bin)?;
     for (_, binary) in BINARIES {
-        install_stripped(&built(binary), &bin)?;
+        install_stripped(&built(arch, binary), &bin, arch)?;
     }
     Ok(())
 }
 
 /// Where cargo leaves a binary.
-pub(crate) fn built(binary: &str) -> PathBuf {
-    paths::target().join(TARGET).join("release").join(binary)
+pub(crate) fn built(arch: Arch, binary: &str) -> PathBuf {
+    paths::target()
+        .join(arch.target())
+        .join("release")
+        .join(binary)
 }
 
 /// Strips `from` into the folder `to`, beside and renamed: it may be running there.
-pub(crate) fn install_stripped(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn install_stripped(from: &Path, to: &Path, arch: Arch) -> Result<()> {
     let name = from.file_name().context("a binary without a name")?;
     let temporary = to.join(".new");
     quiet(
-        Command::new("strip")
+        Command::new(arch.tool("strip"))
             .arg("-s")
             .arg(from)
             .arg("-o")
@@ -193,8 +212,8 @@ fn initramfs(agent: &Path, stock: Option<&Kernel>) -> Result<Vec<u8>> {
 }
 
 /// The tree of files an installation consists of, as [`build`] left it.
-pub(crate) fn layout() -> Result<PathBuf> {
-    let root = paths::products().join("root");
+pub(crate) fn layout(arch: Arch) -> Result<PathBuf> {
+    let root = paths::products(arch).join("root");
     anyhow::ensure!(
         root.join(CONFIG).exists(),
         "nothing is built yet: run `cargo xtask build`, or use --no-install"
@@ -204,7 +223,8 @@ pub(crate) fn layout() -> Result<PathBuf> {
 
 /// Lays the installation out under `root/`, with the configuration that names its kernel.
 fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
-    let root = paths::products().join("root");
+    let products = paths::products(kernel.arch);
+    let root = products.join("root");
     paths::remove_dir(&root)?;
     let copy = |from: &Path, to: &str| -> Result<()> {
         let to = root.join(to);
@@ -215,17 +235,14 @@ fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
         }
         Ok(())
     };
-    for (_, binary) in BINARIES
-        .iter()
-        .filter(|(_, binary)| *binary != "supermachine-agent")
-    {
+    for (_, binary) in BINARIES.iter().filter(|(_, binary)| *binary != AGENT) {
         copy(
-            &paths::products().join("bin").join(binary),
+            &products.join("bin").join(binary),
             &format!("{BIN}/{binary}"),
         )?;
     }
-    let vmlinux = kernel.vmlinux();
-    copy(&vmlinux, &format!("{SHARE}/vmlinux"))?;
+    let image = kernel.image();
+    copy(&image, &format!("{SHARE}/vmlinux"))?;
     let initramfs = if kernel.stock {
         "initramfs-stock.cpio"
     } else {
@@ -233,7 +250,7 @@ fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
     };
     copy(&share.join(initramfs), &format!("{SHARE}/initramfs.cpio"))?;
 
-    let config = configuration(Path::new("/"), &sha256_file(&vmlinux)?);
+    let config = configuration(Path::new("/"), &sha256_file(&image)?);
     let path = root.join(CONFIG);
     paths::make_dir(path.parent().context("a file without a folder")?)?;
     fs::write(&path, config).context("cannot write the configuration")?;
@@ -255,7 +272,7 @@ fn configuration(root: &Path, sha256: &str) -> String {
 
 /// A configuration for running what was built from where it is, with its data below `data`.
 pub(crate) fn native_configuration(data: &Path) -> Result<String> {
-    let root = layout()?;
+    let root = layout(Arch::HOST)?;
     let sha256 = sha256_file(&root.join(SHARE).join("vmlinux"))?;
     Ok(format!(
         "{}\n[rootfs]\ndirectory = \"{data}/writable\"\n\n[images]\ndirectory = \"{data}/images\"\n",

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::arch::Arch;
 use crate::step::{quiet, text};
 use crate::{apt, paths};
 
@@ -48,13 +49,13 @@ impl Version {
 pub(crate) const CONFIG: &str = include_str!("containerd.toml");
 
 /// The folder with containerd, ctr and runc's shim, fetched now if the cache doesn't hold it.
-pub(crate) fn binaries(version: Version) -> Result<PathBuf> {
+pub(crate) fn binaries(version: Version, arch: Arch) -> Result<PathBuf> {
     let home = paths::cache()?.join("containerd");
-    let dir = home.join(version.suite());
+    let dir = home.join(arch.suffixed(version.suite()));
     let bin = dir.join("usr/bin");
     if !bin.join("containerd").exists() {
         let _lock = paths::lock(&home, "fetch")?;
-        for deb in apt::Suite::open(version.suite())?.download(&["containerd"])? {
+        for deb in apt::Suite::open_for(version.suite(), arch)?.download(&["containerd"])? {
             apt::unpack(&deb, &dir)?;
         }
     }
@@ -90,7 +91,7 @@ impl Containerd {
         path: &[&Path],
         env: &[(&str, &Path)],
     ) -> Result<Self> {
-        let bin = binaries(version)?;
+        let bin = binaries(version, Arch::HOST)?;
         paths::make_dir(state)?;
         let (config, socket) = (state.join("config.toml"), state.join("containerd.sock"));
         fs::write(&config, CONFIG).context("cannot write containerd's configuration")?;

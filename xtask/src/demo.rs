@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
 use crate::programs::{self, Launch};
@@ -27,9 +28,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     std::thread::scope(|scope| -> Result<()> {
         let prepared = scope.spawn(|| prepare(&place));
         let kernel = if args.stock {
-            crate::kernel::stock::ensure()?
+            crate::kernel::stock::ensure(Arch::HOST)?
         } else {
-            build::best_kernel()?
+            build::best_kernel(Arch::HOST)?
         };
         eprintln!(
             "    guest kernel: {} (`make kernel` builds the lean one)",
@@ -46,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         args.push(format!("--containerd-address={}", lab::CONTAINERD));
     }
     let launch = Launch {
+        arch: Arch::HOST,
         program: "demo",
         containerd: Version::Newest,
         args: &args,
@@ -59,9 +61,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
 }
 
 fn prepare(place: &Place) -> Result<()> {
-    images::ensure()?;
+    images::ensure(Arch::HOST)?;
     match place {
-        Place::Native => crate::containerd::binaries(Version::Newest).map(drop),
-        Place::Lab(_) => lab::prepare(),
+        Place::Native => crate::containerd::binaries(Version::Newest, Arch::HOST).map(drop),
+        Place::Lab(_) => lab::prepare(Arch::HOST),
     }
 }

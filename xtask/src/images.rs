@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::arch::Arch;
 use crate::step::{hex, quiet, sha256_file, step};
 use crate::{apt, paths};
 
@@ -25,12 +26,14 @@ pub(crate) const IMAGES: &[Image] = &[
         reference: "supermachine.test/busybox:latest",
         command: &["sh"],
         make: busybox,
+        configured: false,
     },
     Image {
         file: "debian.tar",
         reference: "supermachine.test/debian:12",
         command: &["bash"],
         make: debian,
+        configured: true,
     },
 ];
 
@@ -41,37 +44,49 @@ pub(crate) struct Image {
     /// The name containerd knows it by.
     pub(crate) reference: &'static str,
     command: &'static [&'static str],
-    make: fn(&Path) -> Result<()>,
+    make: fn(&Path, Arch) -> Result<()>,
+    /// Its packages' own programs run when it is made: not for another processor.
+    configured: bool,
+}
+
+impl Image {
+    /// The images that can be made here for a processor.
+    fn of(arch: Arch) -> impl Iterator<Item = &'static Self> {
+        IMAGES
+            .iter()
+            .filter(move |image| !arch.is_foreign() || !image.configured)
+    }
 }
 
 /// The folder with the archives, made now where they are missing.
-pub(crate) fn ensure() -> Result<PathBuf> {
+pub(crate) fn ensure(arch: Arch) -> Result<PathBuf> {
     let home = paths::cache()?.join("images");
-    let dir = home
-        .join(format!("{RECIPE}-{}", apt::codename()?))
-        .join("images");
+    let recipe = format!("{RECIPE}-{}", apt::codename()?);
+    let dir = home.join(arch.suffixed(&recipe)).join("images");
     let missing = |image: &&Image| !dir.join(image.file).exists();
-    if IMAGES.iter().any(|image| missing(&image)) {
+    if Image::of(arch).any(|image| missing(&image)) {
         let _lock = paths::lock(&home, "build")?;
         paths::make_dir(&dir)?;
-        for image in IMAGES.iter().filter(missing) {
-            step(&format!("image {}", image.reference), || build(image, &dir))?;
+        for image in Image::of(arch).filter(missing) {
+            step(&format!("image {}", image.reference), || {
+                build(image, arch, &dir)
+            })?;
         }
     }
     Ok(dir)
 }
 
-fn build(image: &Image, dir: &Path) -> Result<()> {
+fn build(image: &Image, arch: Arch, dir: &Path) -> Result<()> {
     let work = tempfile::tempdir_in(dir).context("cannot make a folder for an image")?;
     let root = work.path().join("root");
-    (image.make)(&root)?;
+    (image.make)(&root, arch)?;
     let archive = work.path().join(image.file);
-    step("archive", || pack(image, &root, &archive))?;
+    step("archive", || pack(image, arch, &root, &archive))?;
     fs::rename(&archive, dir.join(image.file)).context("cannot place an image")
 }
 
 /// One static busybox with a link for each of its commands.
-fn busybox(root: &Path) -> Result<()> {
+fn busybox(root: &Path, arch: Arch) -> Result<()> {
     apt::ensure(&["busybox-static"])?;
     for dir in [
         "bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var",
@@ -81,8 +96,18 @@ fn busybox(root: &Path) -> Result<()> {
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))
         .context("cannot open /tmp of an image to all")?;
     let program = root.join("bin/busybox");
-    fs::copy("/bin/busybox", &program).context("cannot copy busybox")?;
-    let names = crate::step::text(Command::new(&program).arg("--list"))?;
+    let unpacked = tempfile::tempdir().context("no folder for a package")?;
+    let from = if arch.is_foreign() {
+        for deb in apt::Suite::of_release(arch)?.download(&["busybox-static"])? {
+            apt::unpack(&deb, unpacked.path())?;
+        }
+        unpacked.path().join("bin/busybox")
+    } else {
+        PathBuf::from("/bin/busybox")
+    };
+    fs::copy(&from, &program).context("cannot copy busybox")?;
+    // This machine's has the same commands: it is of the same release.
+    let names = crate::step::text(Command::new("/bin/busybox").arg("--list"))?;
     for name in names.lines().filter(|name| *name != "busybox") {
         symlink("busybox", root.join("bin").join(name))
             .with_context(|| format!("cannot link {name}"))?;
@@ -101,7 +126,7 @@ fn busybox(root: &Path) -> Result<()> {
 }
 
 /// Debian's minimal system of this host's release, installed as its packages want it.
-fn debian(root: &Path) -> Result<()> {
+fn debian(root: &Path, _: Arch) -> Result<()> {
     apt::ensure(&["mmdebstrap"])?;
     let codename = apt::codename()?;
     let suite = apt::Suite::open(&codename)?;
@@ -141,7 +166,7 @@ fn debian(root: &Path) -> Result<()> {
 }
 
 /// A root folder as an OCI archive with one gzip layer.
-fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
+fn pack(image: &Image, arch: Arch, root: &Path, to: &Path) -> Result<()> {
     let work = to.with_extension("layout");
     let blobs = work.join("blobs/sha256");
     paths::make_dir(&blobs)?;
@@ -166,7 +191,7 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
     fs::remove_file(&plain).context("cannot remove the plain layer")?;
 
     let config = json!({
-        "architecture": "amd64",
+        "architecture": arch.debian(),
         "os": "linux",
         "config": {
             "Cmd": image.command,
@@ -191,7 +216,7 @@ fn pack(image: &Image, root: &Path, to: &Path) -> Result<()> {
         "io.containerd.image.name": image.reference,
         "org.opencontainers.image.ref.name": tag,
     });
-    manifest["platform"] = json!({ "architecture": "amd64", "os": "linux" });
+    manifest["platform"] = json!({ "architecture": arch.debian(), "os": "linux" });
     let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
     let write = |name: &str, value: &Value| {
         fs::write(work.join(name), value.to_string())

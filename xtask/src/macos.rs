@@ -1,5 +1,5 @@
-//! The macOS build, checked on Linux: lints of everything that goes there, tests included, and the
-//! shim linked as a Mach-O.
+//! The macOS build, checked on Linux: lints of everything that goes there, tests included, and its
+//! programs linked as Mach-O.
 //!
 //! Nothing of Apple's is needed. The standard library is built from the compiler's source
 //! ([`sysroot`]), and the linker is told by stubs of our own which symbols the system's libraries
@@ -28,8 +28,11 @@ const PACKAGES: [&str; 4] = [
     "supermachine-shim",
 ];
 
-/// The program that is linked.
-const SHIM: (&str, &str) = ("supermachine-shim", "containerd-shim-supermachine-v2");
+/// The programs that are linked, each with its package.
+const PROGRAMS: [(&str, &str); 2] = [
+    ("supermachine-shim", "containerd-shim-supermachine-v2"),
+    ("supermachine-runtime", "supermachine"),
+];
 
 /// The system's libraries as the linker sees them: where each is in an SDK, how programs name it,
 /// and what it has.
@@ -113,11 +116,15 @@ pub(crate) fn check() -> Result<()> {
         }
         call(command.args(["--all-targets", "--", "-D", "warnings"]))
     })?;
-    let (package, program) = SHIM;
-    step("macOS: the shim as a Mach-O", || {
+    step("macOS: programs as Mach-O", || {
         let mut command = cargo("build");
-        call(command.args(["-p", package, "--bin", program]))?;
-        is_mach_o(&target.join(TARGET).join("debug").join(program))
+        for (package, program) in PROGRAMS {
+            command.args(["-p", package, "--bin", program]);
+        }
+        call(&mut command)?;
+        PROGRAMS
+            .iter()
+            .try_for_each(|(_, name)| is_mach_o(&target.join(TARGET).join("debug").join(name)))
     })
 }
 

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::arch::Arch;
+
 /// The root of the checkout this xtask was built from.
 pub(crate) fn root() -> PathBuf {
     // Cargo sets it at run time under `cargo xtask`; the build-time value serves a bare binary.
@@ -25,8 +27,8 @@ pub(crate) fn target() -> PathBuf {
 }
 
 /// What `xtask build` leaves for installation: `bin/` and `share/`.
-pub(crate) fn products() -> PathBuf {
-    target().join("supermachine")
+pub(crate) fn products(arch: Arch) -> PathBuf {
+    target().join(arch.suffixed("supermachine"))
 }
 
 /// `$XDG_CACHE_HOME/supermachine`, or `~/.cache/supermachine`.

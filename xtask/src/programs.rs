@@ -3,12 +3,13 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::Place;
 use crate::lab::Run;
@@ -21,11 +22,12 @@ pub(crate) const PROGRAMS: [&str; 5] = ["bench", "demo", "e2e", "guest", "probe"
 /// The package whose examples are run as well.
 pub(crate) const EXAMPLES_OF: &str = "supermachine-vmm";
 /// Those examples; they are installed as `example-NAME`.
-pub(crate) const EXAMPLES: [&str; 2] = ["balloon", "boot"];
+pub(crate) const EXAMPLES: [&str; 3] = ["balloon", "boot", "snapshot"];
 
 /// What to run, where.
 #[derive(Debug)]
 pub(crate) struct Launch<'a> {
+    pub(crate) arch: Arch,
     /// A file in [`folder`].
     pub(crate) program: &'a str,
     /// Its arguments; `{images}` becomes the folder with the OCI archives.
@@ -38,33 +40,34 @@ pub(crate) struct Launch<'a> {
 }
 
 /// Where the built programs are.
-fn folder() -> PathBuf {
-    paths::products().join("tests")
+fn folder(arch: Arch) -> PathBuf {
+    paths::products(arch).join("tests")
 }
 
 /// Puts the programs that [`build`] has built where [`launch`] finds them.
-pub(crate) fn install() -> Result<()> {
-    paths::make_dir(&folder())?;
+pub(crate) fn install(arch: Arch) -> Result<()> {
+    let folder = folder(arch);
+    paths::make_dir(&folder)?;
     for program in PROGRAMS {
-        build::install_stripped(&build::built(program), &folder())?;
+        build::install_stripped(&build::built(arch, program), &folder, arch)?;
     }
     for example in EXAMPLES {
-        let built = build::built("examples").join(example);
+        let built = build::built(arch, "examples").join(example);
         let named = built.with_file_name(format!("example-{example}"));
         fs::copy(&built, &named).with_context(|| format!("cannot copy {}", built.display()))?;
-        build::install_stripped(&named, &folder())?;
+        build::install_stripped(&named, &folder, arch)?;
     }
-    install_docker_init()
+    install_docker_init(&folder, arch)
 }
 
 /// What `docker run --init` runs, of a package that the lab has not got.
-fn install_docker_init() -> Result<()> {
-    let init = folder().join("docker-init");
+fn install_docker_init(folder: &Path, arch: Arch) -> Result<()> {
+    let init = folder.join("docker-init");
     if init.exists() {
         return Ok(());
     }
     let unpacked = tempfile::tempdir().context("no folder for a package")?;
-    for deb in apt::Suite::open("sid")?.download(&["tini-static"])? {
+    for deb in apt::Suite::open_for("sid", arch)?.download(&["tini-static"])? {
         apt::unpack(&deb, unpacked.path())?;
     }
     let from = unpacked.path().join("usr/bin/tini-static");
@@ -99,7 +102,12 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             env: env
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .to_vec(),
-            add: vec![folder(), images::ensure()?, build::kernels()],
+            arch: launch.arch,
+            add: vec![
+                folder(launch.arch),
+                images::ensure(launch.arch)?,
+                build::kernels(launch.arch),
+            ],
             out: launch.out,
             timeout: launch.timeout,
             containerd: launch.containerd,
@@ -117,7 +125,7 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
         .prefix("supermachine-")
         .tempdir()
         .context("cannot make a folder for the run")?;
-    let images = images::ensure()?;
+    let images = images::ensure(Arch::HOST)?;
     let config = data.path().join("config.toml");
     fs::write(&config, build::native_configuration(data.path())?)
         .context("cannot write the configuration")?;
@@ -126,12 +134,12 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
         .clone()
         .unwrap_or_else(|| data.path().join("out"));
     paths::make_dir(&out)?;
-    let bin = containerd::binaries(launch.containerd)?;
-    let ours = paths::products().join("bin");
+    let bin = containerd::binaries(launch.containerd, Arch::HOST)?;
+    let ours = paths::products(Arch::HOST).join("bin");
     let mut command = Command::new("timeout");
     command
         .args(["--kill-after=60", &limit(launch.timeout)])
-        .arg(folder().join(launch.program))
+        .arg(folder(Arch::HOST).join(launch.program))
         .args(
             launch
                 .args
@@ -141,7 +149,7 @@ fn on_host(launch: &Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
         .env("PATH", containerd::search_path(&bin, &[&ours])?)
         .env("SUPERMACHINE_CONFIG", &config)
         .env("SUPERMACHINE_IMAGES", &images)
-        .env("SUPERMACHINE_KERNELS", build::kernels())
+        .env("SUPERMACHINE_KERNELS", build::kernels(Arch::HOST))
         .env("SUPERMACHINE_OUT", &out)
         .stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start timeout")?;

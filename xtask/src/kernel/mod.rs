@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::step::{hash, quiet, sha256_file, step};
 use crate::{apt, paths};
 
@@ -39,20 +40,25 @@ pub(crate) struct Args {
     /// Fetch Debian's cloud kernel of this release instead
     #[arg(long)]
     stock: bool,
+    /// The processor it is for
+    #[arg(long, value_enum, default_value_t)]
+    arch: Arch,
 }
 
 /// A kernel in the cache.
 #[derive(Debug, Clone)]
 pub(crate) struct Kernel {
-    /// Its folder, with `vmlinux`, `config` and `bzImage` or `vmlinuz`.
+    /// Its folder, with what [`Kernel::image`] names, `config` and `bzImage` or `vmlinuz`.
     pub(crate) dir: PathBuf,
+    pub(crate) arch: Arch,
     /// Debian's rather than ours: its drivers are modules.
     pub(crate) stock: bool,
 }
 
 impl Kernel {
-    pub(crate) fn vmlinux(&self) -> PathBuf {
-        self.dir.join("vmlinux")
+    /// What a machine starts without decompressing anything.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.dir.join(image_name(self.arch))
     }
 
     /// For people: which kernel this is.
@@ -65,87 +71,125 @@ impl Kernel {
     }
 }
 
+/// The file a kernel is started from: an ELF on x86, on arm64 what its boot protocol calls an Image.
+fn image_name(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "vmlinux",
+        Arch::Aarch64 => "Image",
+    }
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     let kernel = if args.stock {
-        stock::ensure()?
+        stock::ensure(args.arch)?
     } else {
-        ensure()?
+        ensure(args.arch)?
     };
-    println!("{}", kernel.vmlinux().display());
+    println!("{}", kernel.image().display());
     Ok(())
 }
 
 /// The lean kernel if this checkout's fragment was built before.
-pub(crate) fn cached() -> Result<Option<Kernel>> {
-    let config = fragment()?;
-    let pinned = home()?.join(key(SOURCE_SHA256, &config));
-    if pinned.join("vmlinux").exists() {
-        return Ok(Some(Kernel {
-            dir: pinned,
+pub(crate) fn cached(arch: Arch) -> Result<Option<Kernel>> {
+    let config = fragment(arch)?;
+    let built = |sum: &str| -> Result<Option<Kernel>> {
+        let kernel = Kernel {
+            dir: home()?.join(key(sum, &config)),
+            arch,
             stock: false,
-        }));
+        };
+        Ok(kernel.image().exists().then_some(kernel))
+    };
+    if let Some(kernel) = built(SOURCE_SHA256)? {
+        return Ok(Some(kernel));
     }
     // Built from the version the archive offered when the pinned one was gone.
-    let note = home()?.join("fallback");
-    let other = fs::read_to_string(note).map(|sum| key(sum.trim(), &config));
-    Ok(other
-        .ok()
-        .and_then(|key| home().ok().map(|home| home.join(key)))
-        .filter(|dir| dir.join("vmlinux").exists())
-        .map(|dir| Kernel { dir, stock: false }))
+    match fs::read_to_string(home()?.join("fallback")) {
+        Ok(sum) => built(sum.trim()),
+        Err(_) => Ok(None),
+    }
 }
 
 /// The lean kernel, built now if the cache doesn't hold it.
-pub(crate) fn ensure() -> Result<Kernel> {
+pub(crate) fn ensure(arch: Arch) -> Result<Kernel> {
     let home = home()?;
     let _lock = paths::lock(&home, "build")?;
-    let kernel = match cached()? {
+    let kernel = match cached(arch)? {
         Some(kernel) => kernel,
         None => step("guest kernel (about 25 minutes of CPU time)", || {
-            build(&home)
+            build(&home, arch)
         })?,
     };
     let name = kernel
         .dir
         .file_name()
         .context("a kernel folder without a name")?;
-    paths::point(&home.join("current"), &name.to_string_lossy())?;
+    let current = home.join(arch.suffixed("current"));
+    paths::point(&current, &name.to_string_lossy())?;
     Ok(kernel)
 }
 
-fn build(home: &Path) -> Result<Kernel> {
+fn build(home: &Path, arch: Arch) -> Result<Kernel> {
     apt::ensure(TOOLS)?;
+    apt::ensure(arch.compiler_packages())?;
     let (deb, sum) = step("kernel source", || source_package(home))?;
     let short = sum.get(..16).context("a short SHA-256")?;
     let source = home.join("source").join(short);
     step("unpack kernel source", || unpack(&deb, &source))?;
 
-    let config = fragment()?;
-    let work = home.join("build").join(short);
-    step("configure kernel", || configure(&source, &work, &config))?;
-    step("compile kernel", || {
-        make(&source, &work, &["bzImage", "vmlinux"])
-    })?;
+    let config = fragment(arch)?;
+    let work = home.join("build").join(arch.suffixed(short));
+    let make = Make {
+        source: &source,
+        work: &work,
+        arch,
+    };
+    step("configure kernel", || configure(&make, &config))?;
+    let (targets, results): (&[&str], &[(&str, &str)]) = match arch {
+        Arch::X86_64 => (
+            &["bzImage", "vmlinux"],
+            &[("arch/x86/boot/bzImage", "bzImage")],
+        ),
+        Arch::Aarch64 => (&["Image"], &[("arch/arm64/boot/Image", "Image")]),
+    };
+    step("compile kernel", || make.run(targets))?;
 
-    let dir = home.join(key(&sum, &config));
     let fresh = tempfile::tempdir_in(home).context("cannot make a folder in the kernel cache")?;
     let to = |name: &str| fresh.path().join(name);
-    quiet(
-        Command::new("strip")
-            .arg("-s")
-            .arg(work.join("vmlinux"))
-            .arg("-o")
-            .arg(to("vmlinux")),
-    )?;
-    for (from, name) in [("arch/x86/boot/bzImage", "bzImage"), (".config", "config")] {
+    if arch == Arch::X86_64 {
+        quiet(
+            Command::new(arch.tool("strip"))
+                .arg("-s")
+                .arg(work.join("vmlinux"))
+                .arg("-o")
+                .arg(to("vmlinux")),
+        )?;
+    }
+    for (from, name) in results.iter().chain(&[(".config", "config")]) {
         fs::copy(work.join(from), to(name)).with_context(|| format!("cannot copy {from}"))?;
     }
     fs::write(to("source"), format!("{SOURCE} {sum}\n")).context("cannot write a note")?;
+    let dir = home.join(key(&sum, &config));
     paths::remove_dir(&dir)?;
     let fresh = fresh.keep();
     fs::rename(&fresh, &dir).with_context(|| format!("cannot make {}", dir.display()))?;
     open_to_all(&dir)?;
-    Ok(Kernel { dir, stock: false })
+    Ok(Kernel {
+        dir,
+        arch,
+        stock: false,
+    })
+}
+
+/// Fails if a file is no arm64 Image (Documentation/arch/arm64/booting.rst: magic at 56).
+fn check_arm64_image(path: &Path) -> Result<()> {
+    let image = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    anyhow::ensure!(
+        image.get(56..60) == Some(b"ARM\x64"),
+        "{} is no arm64 Image",
+        path.display()
+    );
+    Ok(())
 }
 
 /// The source package: the pinned version, or with a word about it what the archive has instead.
@@ -199,24 +243,58 @@ fn unpack(deb: &Path, source: &Path) -> Result<()> {
     fs::write(source.join(".complete"), "").context("cannot mark the kernel source")
 }
 
-fn configure(source: &Path, work: &Path, config: &str) -> Result<()> {
-    paths::make_dir(work)?;
-    let wishes = work.join("fragment.config");
+/// The kernel's own build: its source, where it works, and for which processor.
+struct Make<'a> {
+    source: &'a Path,
+    work: &'a Path,
+    arch: Arch,
+}
+
+impl Make<'_> {
+    fn command(&self) -> Command {
+        let mut command = Command::new("nice");
+        command
+            .args(["-n", "5", "make", "-C"])
+            .arg(self.source)
+            .arg(format!("O={}", self.work.display()))
+            .arg("-s")
+            // The same bytes from the same source, whoever builds.
+            .env("KBUILD_BUILD_TIMESTAMP", "2026-01-01")
+            .env("KBUILD_BUILD_USER", "supermachine")
+            .env("KBUILD_BUILD_HOST", "supermachine");
+        if self.arch.is_foreign() {
+            let name = match self.arch {
+                Arch::X86_64 => "x86_64",
+                Arch::Aarch64 => "arm64",
+            };
+            command.arg(format!("ARCH={name}"));
+            command.arg(format!("CROSS_COMPILE={}", self.arch.tool("")));
+        }
+        command
+    }
+
+    fn run(&self, targets: &[&str]) -> Result<()> {
+        let jobs = std::thread::available_parallelism().map_or(2, usize::from);
+        quiet(self.command().arg(format!("-j{jobs}")).args(targets))
+    }
+}
+
+fn configure(make: &Make<'_>, config: &str) -> Result<()> {
+    paths::make_dir(make.work)?;
+    let wishes = make.work.join("fragment.config");
     fs::write(&wishes, config).context("cannot write the kernel fragment")?;
     // KCONFIG_ALLCONFIG sets our wishes on top of allnoconfig, dependencies solved by Kconfig.
     quiet(
-        Command::new("make")
-            .arg("-C")
-            .arg(source)
-            .arg(format!("O={}", work.display()))
-            .args(["-s", "allnoconfig"])
+        make.command()
+            .arg("allnoconfig")
             .env("KCONFIG_ALLCONFIG", &wishes),
     )?;
-    let result = fs::read_to_string(work.join(".config")).context("no .config was made")?;
+    let result = fs::read_to_string(make.work.join(".config")).context("no .config was made")?;
     let missing = unmet(config, &result);
     if !missing.is_empty() {
         bail!(
-            "kernel/x86_64.config asks for what this kernel doesn't give (a dependency is off?):\n  {}",
+            "{} asks for what this kernel doesn't give (a dependency is off?):\n  {}",
+            fragment_name(make.arch),
             missing.join("\n  ")
         );
     }
@@ -241,24 +319,13 @@ fn unmet(fragment: &str, config: &str) -> Vec<String> {
     fragment.lines().filter(wish).map(str::to_owned).collect()
 }
 
-fn make(source: &Path, work: &Path, targets: &[&str]) -> Result<()> {
-    let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-    quiet(
-        Command::new("nice")
-            .args(["-n", "5", "make", "-C"])
-            .arg(source)
-            .arg(format!("O={}", work.display()))
-            .args(["-s", &format!("-j{jobs}")])
-            .args(targets)
-            // The same bytes from the same source, whoever builds.
-            .env("KBUILD_BUILD_TIMESTAMP", "2026-01-01")
-            .env("KBUILD_BUILD_USER", "supermachine")
-            .env("KBUILD_BUILD_HOST", "supermachine"),
-    )
+/// Where the fragment is in the checkout.
+fn fragment_name(arch: Arch) -> String {
+    format!("kernel/{}.config", arch.name())
 }
 
-fn fragment() -> Result<String> {
-    let path = paths::root().join("kernel/x86_64.config");
+fn fragment(arch: Arch) -> Result<String> {
+    let path = paths::root().join(fragment_name(arch));
     fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 

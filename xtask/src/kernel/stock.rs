@@ -9,11 +9,12 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::{Kernel, elf, home, open_to_all};
+use crate::arch::Arch;
 use crate::step::{quiet, step};
 use crate::{apt, paths};
 
-/// The package that always depends on this release's newest cloud kernel.
-const META: &str = "linux-image-cloud-amd64";
+/// The package that always depends on a release's newest cloud kernel, without the architecture.
+const META: &str = "linux-image-cloud";
 
 /// What a guest of ours needs that Debian builds as modules. Names found built in are skipped.
 const GUEST_MODULES: &[&str] = &[
@@ -31,42 +32,46 @@ const GUEST_MODULES: &[&str] = &[
 
 /// The stock kernel, fetched now if the cache doesn't hold it.
 ///
-/// Its folder has `vmlinuz`, `vmlinux`, `config`; `modules/` with `modules.list` (file names, one a
+/// Its folder has `vmlinuz`, what [`Kernel::image`] names, `config`; `modules/` with `modules.list` (file names, one a
 /// line, in load order) and the uncompressed modules for our guests; and `lib/modules/` whole.
-pub(crate) fn ensure() -> Result<Kernel> {
+pub(crate) fn ensure(arch: Arch) -> Result<Kernel> {
     let home = home()?;
-    let link = home.join("stock");
-    if let Some(kernel) = cached(&link) {
+    let link = home.join(arch.suffixed("stock"));
+    if let Some(kernel) = cached(&link, arch) {
         return Ok(kernel);
     }
-    let _lock = paths::lock(&home, "stock")?;
-    if let Some(kernel) = cached(&link) {
+    let _lock = paths::lock(&home, &arch.suffixed("stock"))?;
+    if let Some(kernel) = cached(&link, arch) {
         return Ok(kernel);
     }
-    step("stock Debian kernel", || fetch(&home, &link))?;
-    cached(&link).context("the stock kernel was fetched but is not there")
+    step("stock Debian kernel", || fetch(&home, &link, arch))?;
+    cached(&link, arch).context("the stock kernel was fetched but is not there")
 }
 
 /// The folder itself, so that a later fetch can't change it under whoever uses it.
-fn cached(link: &Path) -> Option<Kernel> {
+fn cached(link: &Path, arch: Arch) -> Option<Kernel> {
     let dir = fs::canonicalize(link).ok()?;
-    dir.join("vmlinux")
-        .exists()
-        .then_some(Kernel { dir, stock: true })
+    let kernel = Kernel {
+        dir,
+        arch,
+        stock: true,
+    };
+    kernel.image().exists().then_some(kernel)
 }
 
-fn fetch(home: &Path, link: &Path) -> Result<()> {
+fn fetch(home: &Path, link: &Path, arch: Arch) -> Result<()> {
     apt::ensure(&["kmod", "xz-utils"])?;
-    if apt::depends(META).is_ok_and(|names| names.is_empty()) {
-        quiet(Command::new("apt-get").args(["update", "-qq"]))?;
-    }
-    let image = apt::depends(META)?
+    let meta = format!("{META}-{}", arch.debian());
+    let suite = apt::Suite::of_release(arch)?;
+    let image = suite
+        .depends(&meta)?
         .into_iter()
         .find(|name| name.starts_with("linux-image-"))
-        .with_context(|| format!("{META} depends on no kernel: run apt-get update"))?;
-    let deb = apt::download_here(&image, &home.join("debs"))?;
+        .with_context(|| format!("{meta} depends on no kernel: run apt-get update"))?;
     let fresh = tempfile::tempdir_in(home).context("cannot make a folder in the kernel cache")?;
-    apt::unpack(&deb, fresh.path())?;
+    for deb in suite.download(&[&image])? {
+        apt::unpack(&deb, fresh.path())?;
+    }
 
     let version = image.trim_start_matches("linux-image-");
     let dir = fresh.path();
@@ -81,7 +86,15 @@ fn fetch(home: &Path, link: &Path) -> Result<()> {
         fs::rename(dir.join("usr/lib"), dir.join("lib")).context("no modules in the package")?;
     }
     fs::write(dir.join("version"), format!("{version}\n")).context("cannot note the version")?;
-    elf::extract(&dir.join("vmlinuz"), &dir.join("vmlinux"))?;
+    let (packed, plain) = (dir.join("vmlinuz"), dir.join(super::image_name(arch)));
+    match arch {
+        Arch::X86_64 => elf::extract(&packed, &plain)?,
+        // Debian's arm64 kernels up to 6.1 are plain images.
+        Arch::Aarch64 => {
+            super::check_arm64_image(&packed)?;
+            fs::hard_link(&packed, &plain).context("cannot name the kernel's image")?;
+        }
+    }
     quiet(Command::new("depmod").arg("-b").arg(dir).arg(version))?;
     let tree = dir.join("lib/modules").join(version);
     collect(&tree, GUEST_MODULES, &dir.join("modules"))?;

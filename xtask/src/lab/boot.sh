@@ -17,7 +17,8 @@ ln -sf /proc/self/fd/2 /dev/stderr
 busybox hostname lab
 ip link set lo up
 modprobe virtio_console
-(modprobe kvm_amd; modprobe -a tun loop overlay erofs veth bridge vsock) 2>/var/log/modprobe.log &
+# arm64's KVM is built in.
+([ -e /dev/kvm ] || modprobe kvm_amd; modprobe -a tun loop overlay erofs veth bridge vsock) 2>/var/log/modprobe.log &
 
 cd /sys/fs/cgroup || exit 1
 for controller in $(cat cgroup.controllers); do echo "+$controller" > cgroup.subtree_control; done

@@ -2,15 +2,16 @@
 //! that a change of them needs no new disk.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::arch::Arch;
 use crate::cpio::Archive;
 use crate::kernel::stock;
-use crate::step::quiet;
-use crate::{apt, containerd};
+use crate::step::{call, quiet};
+use crate::{apt, build, containerd, cross};
 
 const BOOT: &str = include_str!("boot.sh");
 const INIT: &str = include_str!("init.sh");
@@ -46,7 +47,7 @@ const FILES: &[(&str, u32, &str)] = &[
 
 /// The part of the initramfs that changes with the image: busybox and the modules that find the
 /// root disk.
-pub(super) fn base_initramfs(tree: &Path, work: &Path, to: &Path) -> Result<()> {
+pub(super) fn base_initramfs(tree: &Path, busybox: &Path, work: &Path, to: &Path) -> Result<()> {
     let modules = work.join("modules");
     stock::collect(tree, &["virtio_pci", "virtio_blk", "ext4"], &modules)?;
     let mut archive = Archive::default();
@@ -54,7 +55,7 @@ pub(super) fn base_initramfs(tree: &Path, work: &Path, to: &Path) -> Result<()> 
         archive.dir(dir)?;
     }
     archive.character_device("dev/console", 5, 1)?;
-    archive.copy("bin/busybox", 0o755, Path::new("/bin/busybox"))?;
+    archive.copy("bin/busybox", 0o755, busybox)?;
     let list = fs::read_to_string(modules.join("modules.list")).context("no modules.list")?;
     for name in list.lines().chain(["modules.list"]) {
         archive.copy(&format!("modules/{name}"), 0o644, &modules.join(name))?;
@@ -62,16 +63,25 @@ pub(super) fn base_initramfs(tree: &Path, work: &Path, to: &Path) -> Result<()> 
     fs::write(to, archive.finish()?).context("cannot write the lab's initramfs")
 }
 
+/// The program that is the lab's side of the channel: this one, or as it is for another processor,
+/// built now.
+pub(super) fn helper(arch: Arch) -> Result<PathBuf> {
+    if !arch.is_foreign() {
+        return std::env::current_exe().context("cannot find this program");
+    }
+    call(cross::cargo("build", arch)?.args(["-q", "-p", "xtask"]))?;
+    Ok(build::built(arch, "xtask"))
+}
+
 /// The initramfs of a run: the base with the lab's files and this program appended; the kernel
 /// unpacks one archive after another.
-pub(super) fn initramfs(base: &Path, work: &Path, to: &Path) -> Result<()> {
-    let exe = std::env::current_exe().context("cannot find this program")?;
+pub(super) fn initramfs(base: &Path, arch: Arch, work: &Path, to: &Path) -> Result<()> {
     let stripped = work.join("xtask");
     apt::ensure(&["binutils"])?;
     quiet(
-        Command::new("strip")
+        Command::new(arch.tool("strip"))
             .arg("-s")
-            .arg(&exe)
+            .arg(helper(arch)?)
             .arg("-o")
             .arg(&stripped),
     )?;

@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use super::files;
+use super::model::Model;
+use crate::arch::Arch;
 use crate::containerd::{self, Containerd, Version};
 use crate::kernel::{Kernel, stock};
 use crate::step::{hash, quiet, step};
@@ -20,17 +22,16 @@ const RECIPE: &str = "3";
 /// The suite of the root disk: its erofs-utils makes images from folders and tar streams well.
 const SUITE: &str = "trixie";
 
-/// What the lab holds beside containerd.
-const PACKAGES: &str = "\
-    base-files bash bsdutils busybox-static coreutils dash diffutils e2fsprogs erofs-utils \
+/// What every lab holds beside containerd, in two parts around what one kind alone has.
+const PACKAGES: [&str; 2] = [
+    "base-files bash bsdutils busybox-static coreutils dash diffutils e2fsprogs erofs-utils \
     findutils gawk grep gzip hostname iproute2 iptables kmod libc-bin libseccomp2 libsystemd0 \
-    login lsof mount nftables procps psmisc qemu-system-x86 seabios sed socat strace tar \
-    util-linux xz-utils zstd";
+    login lsof mount nftables procps psmisc",
+    "sed socat strace tar util-linux xz-utils zstd",
+];
 
-/// What is as new as the newest containerd; trixie's libraries are all that these need. Docker's
-/// daemon is there, not running.
+/// What is as new as the newest containerd; trixie's libraries are all that these need.
 const NEWER_SUITE: &str = "sid";
-const NEWER: &[&str] = &["docker-cli", "docker.io", "runc"];
 
 /// The disk's size, sparse: room for images and snapshots.
 const DISK_SIZE: u64 = 16 << 30;
@@ -45,27 +46,36 @@ pub(super) struct Image {
 }
 
 /// The lab's image, built now if the cache doesn't hold it.
-pub(super) fn ensure() -> Result<Image> {
-    let kernel = stock::ensure()?;
+pub(super) fn ensure(model: &Model) -> Result<Image> {
+    let kernel = stock::ensure(model.arch)?;
     let home = paths::cache()?.join("lab");
-    let dir = home.join(key(&kernel)?);
+    let dir = home.join(key(model, &kernel)?);
     if !dir.join("root.img").exists() {
-        let _lock = paths::lock(&home, "build")?;
+        let _lock = paths::lock(&home, &model.arch.suffixed("build"))?;
         if !dir.join("root.img").exists() {
-            step("lab image", || build(&home, &dir, &kernel))?;
+            step("lab image", || build(model, &home, &dir, &kernel))?;
         }
     }
     Ok(Image {
-        kernel: kernel.vmlinux(),
+        kernel: kernel.image(),
         disk: dir.join("root.img"),
         initramfs: dir.join("initramfs.cpio"),
     })
 }
 
-fn key(kernel: &Kernel) -> Result<String> {
+fn package_names(model: &Model) -> String {
+    let [first, last] = PACKAGES;
+    let parts = [first, model.packages, last];
+    parts
+        .map(|part| part.split_whitespace().collect::<Vec<_>>())
+        .concat()
+        .join(" ")
+}
+
+fn key(model: &Model, kernel: &Kernel) -> Result<String> {
     let version = kernel_version(kernel)?;
-    let newer = NEWER.join(" ");
-    let parts = [RECIPE, SUITE, PACKAGES, NEWER_SUITE, &newer, &version].map(str::as_bytes);
+    let (packages, newer) = (package_names(model), model.newer.join(" "));
+    let parts = [RECIPE, SUITE, &packages, NEWER_SUITE, &newer, &version].map(str::as_bytes);
     Ok(hash(&parts).chars().take(16).collect())
 }
 
@@ -79,16 +89,16 @@ fn modules(kernel: &Kernel) -> Result<PathBuf> {
     Ok(kernel.dir.join("lib/modules").join(kernel_version(kernel)?))
 }
 
-fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
+fn build(model: &Model, home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     apt::ensure(&["mmdebstrap", "busybox-static", "e2fsprogs", "kmod"])?;
     let work = tempfile::tempdir_in(home).context("cannot make a folder in the lab's cache")?;
     let root = work.path().join("root");
     let fresh = work.path().join("image");
     paths::make_dir(&fresh)?;
 
-    step("lab packages", || packages(&root))?;
+    step("lab packages", || packages(model, &root))?;
     let newer = work.path().join("newer");
-    for deb in apt::Suite::open(NEWER_SUITE)?.download(NEWER)? {
+    for deb in apt::Suite::open_for(NEWER_SUITE, model.arch)?.download(model.newer)? {
         apt::unpack(&deb, &newer)?;
     }
     // Through the same merged /usr as the rest.
@@ -96,10 +106,16 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     for version in Version::ALL {
         let bin = root.join(super::binaries(version).trim_start_matches('/'));
         paths::make_dir(&bin)?;
-        copy(&containerd::binaries(version)?.join("."), &bin)?;
+        copy(&containerd::binaries(version, model.arch)?.join("."), &bin)?;
     }
     furnish(&root, kernel)?;
-    for version in Version::ALL {
+    // A containerd unpacks images for its own processor.
+    let preloaded = if model.arch.is_foreign() {
+        &[][..]
+    } else {
+        &Version::ALL
+    };
+    for version in preloaded.iter().copied() {
         let name = format!("lab images for containerd {}", version.name());
         if let Err(error) = step(&name, || preload(version, &root, work.path())) {
             eprintln!("    runs import the images themselves ({error:#})");
@@ -108,6 +124,7 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
     step("lab root disk", || disk(&root, &fresh.join("root.img")))?;
     files::base_initramfs(
         &modules(kernel)?,
+        &root.join("usr/bin/busybox"),
         work.path(),
         &fresh.join("initramfs.cpio"),
     )?;
@@ -118,8 +135,8 @@ fn build(home: &Path, dir: &Path, kernel: &Kernel) -> Result<()> {
 
 /// Packages and their dependencies, extracted and not configured: nothing of Debian runs at
 /// start, so no maintainer script has to.
-fn packages(root: &Path) -> Result<()> {
-    let suite = apt::Suite::open(SUITE)?;
+fn packages(model: &Model, root: &Path) -> Result<()> {
+    let suite = apt::Suite::open_for(SUITE, model.arch)?;
     let mut child = Command::new("mmdebstrap")
         .args(["--variant=extract", "--mode=root", "--quiet"])
         .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
@@ -127,7 +144,11 @@ fn packages(root: &Path) -> Result<()> {
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
         ])
-        .arg(format!("--include={}", PACKAGES.replace(' ', ",")))
+        .arg(format!("--architectures={}", model.arch.debian()))
+        .arg(format!(
+            "--include={}",
+            package_names(model).replace(' ', ",")
+        ))
         .args([SUITE])
         .arg(root)
         .arg("-")
@@ -152,7 +173,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 
 /// Imports the images by a containerd on this host: in the lab it takes a minute.
 fn preload(version: Version, root: &Path, work: &Path) -> Result<()> {
-    let archives = images::ensure()?;
+    let archives = images::ensure(Arch::HOST)?;
     let containerd = Containerd::start(
         version,
         &root.join(super::data(version).trim_start_matches('/')),

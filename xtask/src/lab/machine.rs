@@ -1,4 +1,4 @@
-//! The lab's QEMU: an x86 machine whose emulated processor has SVM, so that its Linux has a KVM.
+//! The lab's QEMU: a machine whose emulated processor has virtualization, so that its Linux has a KVM.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,19 +10,18 @@ use tempfile::TempDir;
 
 use super::files;
 use super::image::{self, Image};
+use super::model::Model;
+use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::{apt, paths};
 
-const QEMU: &str = "qemu-system-x86_64";
 /// The exchange disk: what a run brings along. Sparse.
 const EXCHANGE_SIZE: u64 = 12 << 30;
-const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr \
-    tsc=reliable no_timer_check cryptomgr.notests random.trust_cpu=on apparmor=0 \
-    kvm.halt_poll_ns=0";
 
 /// How a lab is to be.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
+    pub(super) arch: Arch,
     /// As QEMU's `-m` takes it.
     pub(super) memory: String,
     /// The containerd that its init starts.
@@ -94,9 +93,10 @@ impl Lab {
     }
 }
 
-/// Identifies the helper (this very program) that a lab was started with.
-pub(super) fn helper() -> Result<String> {
-    let exe = std::env::current_exe().context("cannot find this program")?;
+/// Identifies the helper (this very program, or what it is for another processor) that a lab was
+/// started with.
+pub(super) fn helper(arch: Arch) -> Result<String> {
+    let exe = files::helper(arch)?;
     let meta = fs::metadata(&exe).context("cannot look at this program")?;
     let changed = meta.modified().context("no modification time")?;
     Ok(format!("{} {} {changed:?}", exe.display(), meta.len()))
@@ -110,7 +110,7 @@ pub(super) fn start_own(shape: &Shape) -> Result<OwnLab> {
         .context("cannot make a folder for the lab")?;
     // QEMU gets SIGKILL when this thread, the main one, ends for whatever reason.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", QEMU]);
+    command.args(["--pdeathsig", "KILL", Model::of(shape.arch).qemu]);
     let child = spawn(command, dir.path(), shape)?;
     let lab = describe(dir.path(), &child, shape)?;
     Ok(OwnLab {
@@ -127,7 +127,7 @@ pub(super) fn start_detached(shape: &Shape) -> Result<Lab> {
         .tempdir()
         .context("cannot make a folder for the lab")?;
     let mut command = Command::new("setsid");
-    command.arg(QEMU);
+    command.arg(Model::of(shape.arch).qemu);
     let child = spawn(command, dir.path(), shape)?;
     let lab = describe(dir.path(), &child, shape)?;
     let _ = dir.keep();
@@ -139,17 +139,18 @@ fn describe(dir: &Path, child: &Child, shape: &Shape) -> Result<Lab> {
     Ok(Lab {
         dir: dir.to_path_buf(),
         pid,
-        helper: helper()?,
+        helper: helper(shape.arch)?,
         containerd: shape.containerd,
     })
 }
 
 /// Starts QEMU by `launcher`, which replaces itself by it.
 fn spawn(mut launcher: Command, dir: &Path, shape: &Shape) -> Result<Child> {
-    ensure_qemu()?;
-    let image = image::ensure()?;
+    let model = Model::of(shape.arch);
+    ensure_qemu(model)?;
+    let image = image::ensure(model)?;
     let initramfs = dir.join("initramfs.cpio");
-    files::initramfs(&image.initramfs, dir, &initramfs)?;
+    files::initramfs(&image.initramfs, shape.arch, dir, &initramfs)?;
     File::create(dir.join("exchange.img"))
         .and_then(|file| file.set_len(EXCHANGE_SIZE))
         .context("cannot make the exchange disk")?;
@@ -178,14 +179,9 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
     } else {
         add(&["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]);
     }
-    add(&[
-        "-machine",
-        "q35,hpet=off",
-        "-cpu",
-        "EPYC-Rome",
-        "-m",
-        &shape.memory,
-    ]);
+    let model = Model::of(shape.arch);
+    add(&model.machine);
+    add(&["-m", &shape.memory]);
     add(&[
         "-nodefaults",
         "-no-user-config",
@@ -198,7 +194,11 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
         "-kernel",
         &image.kernel.display().to_string(),
         "-append",
-        &format!("{COMMAND_LINE} lab.containerd={}", shape.containerd.name()),
+        &format!(
+            "{} lab.containerd={}",
+            model.command_line,
+            shape.containerd.name()
+        ),
     ]);
     let root = format!(
         "file={},format=raw,if=none,id=root,snapshot=on,cache=unsafe",
@@ -224,29 +224,30 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
 }
 
 /// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
-pub(super) fn ensure_qemu() -> Result<()> {
-    if Command::new(QEMU)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok()
-    {
+pub(super) fn ensure_qemu(model: &Model) -> Result<()> {
+    let there = || {
+        Command::new(model.qemu)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status()
+            .is_ok()
+    };
+    if there() {
         return Ok(());
     }
+    let package = model.qemu_package;
     let codename = apt::codename()?;
     let newer = apt::Suite::open(&format!("{codename}-backports"))
-        .and_then(|suite| suite.install(&["qemu-system-x86"]));
+        .and_then(|suite| suite.install(&[package]));
     if let Err(error) = newer {
         eprintln!("    no QEMU from backports ({error:#}); taking the release's own");
-        apt::ensure(&["qemu-system-x86"])?;
+        apt::ensure(&[package])?;
     }
-    if Command::new(QEMU)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_err()
-    {
-        bail!("{QEMU} is still not there after installing qemu-system-x86");
+    if !there() {
+        bail!(
+            "{} is still not there after installing {package}",
+            model.qemu
+        );
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ mod files;
 pub(crate) mod guest;
 mod image;
 mod machine;
+mod model;
 mod session;
 
 use std::fs;
@@ -20,7 +21,9 @@ use anyhow::{Context, Result, bail};
 
 use self::channel::Request;
 use self::machine::{Lab, Shape};
+use self::model::Model;
 use self::session::{Load, Session};
+use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::step::{step, text};
 use crate::{build, paths};
@@ -49,6 +52,9 @@ fn data(version: Version) -> &'static str {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// The lab's processor
+    #[arg(long, value_enum, default_value_t, global = true)]
+    arch: Arch,
     #[command(subcommand)]
     action: Action,
 }
@@ -115,6 +121,7 @@ struct RunArgs {
 /// A run in the lab, for the other tasks of xtask.
 #[derive(Debug, Default)]
 pub(crate) struct Run {
+    pub(crate) arch: Arch,
     pub(crate) command: Vec<String>,
     pub(crate) env: Vec<(String, String)>,
     pub(crate) add: Vec<PathBuf>,
@@ -127,10 +134,12 @@ pub(crate) struct Run {
 }
 
 pub(crate) fn run(args: Args) -> Result<u8> {
+    let arch = args.arch;
     match args.action {
         Action::Run(args) => {
-            let install = install_root(&args.install)?;
+            let install = install_root(&args.install, arch)?;
             let run = Run {
+                arch,
                 command: args.command,
                 env: Vec::new(),
                 add: args.add,
@@ -143,31 +152,44 @@ pub(crate) fn run(args: Args) -> Result<u8> {
             };
             execute(run, install.as_deref(), None, &mut std::io::stdout())
         }
-        Action::Shell(args) => shell(&args),
-        Action::Up { memory, containerd } => up(memory, containerd).map(|()| 0),
-        Action::Down => down().map(|()| 0),
+        Action::Shell(args) => shell(&args, arch),
+        Action::Up { memory, containerd } => up(Shape {
+            arch,
+            memory,
+            containerd,
+            icount: false,
+        })
+        .map(|()| 0),
+        Action::Down => down(arch).map(|()| 0),
     }
 }
 
 /// Runs a command in the lab with what `xtask build` left installed; returns its exit status.
 pub(crate) fn run_installed(run: Run, stdout: &mut dyn Write) -> Result<u8> {
-    execute(run, Some(&build::layout()?), None, stdout)
+    let layout = build::layout(run.arch)?;
+    execute(run, Some(&layout), None, stdout)
+}
+
+/// Runs a command in the lab with nothing of ours installed; returns its exit status.
+pub(crate) fn run_bare(run: Run, stdout: &mut dyn Write) -> Result<u8> {
+    execute(run, None, None, stdout)
 }
 
 /// Everything a lab is started from, made or fetched now where it is missing.
-pub(crate) fn prepare() -> Result<()> {
-    machine::ensure_qemu()?;
-    image::ensure().map(drop)
+pub(crate) fn prepare(arch: Arch) -> Result<()> {
+    let model = Model::of(arch);
+    machine::ensure_qemu(model)?;
+    image::ensure(model).map(drop)
 }
 
-fn install_root(args: &InstallArgs) -> Result<Option<PathBuf>> {
+fn install_root(args: &InstallArgs, arch: Arch) -> Result<Option<PathBuf>> {
     if args.no_install {
         return Ok(None);
     }
     if !args.no_build {
-        build::ensure()?;
+        build::ensure(arch)?;
     }
-    build::layout().map(Some)
+    build::layout(arch).map(Some)
 }
 
 fn execute(
@@ -194,17 +216,18 @@ fn execute(
         timeout: run.timeout,
     };
     let shape = Shape {
+        arch: run.arch,
         memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
         containerd: run.containerd,
         icount: run.icount,
     };
     let reuse = !run.icount && !run.fresh && run.memory.is_none();
-    let staying = if reuse { running()? } else { None };
+    let staying = if reuse { running(run.arch)? } else { None };
     let staying = staying.filter(|lab| lab.containerd == run.containerd);
     let status = match staying {
         // One session at a time in the lab that stays.
         Some(lab) => {
-            let _lock = paths::lock(&paths::target(), "lab-session")?;
+            let _lock = paths::lock(&paths::target(), &run.arch.suffixed("lab-session"))?;
             Session::open(&lab)?.run(request, &load, stdout)?
         }
         None => {
@@ -218,8 +241,8 @@ fn execute(
     Ok(u8::try_from(status).unwrap_or(125))
 }
 
-fn shell(args: &InstallArgs) -> Result<u8> {
-    let install = install_root(args)?;
+fn shell(args: &InstallArgs, arch: Arch) -> Result<u8> {
+    let install = install_root(args, arch)?;
     let stty = |args: &[&str]| {
         text(Command::new("stty").args(["-F", "/dev/tty"]).args(args))
             .context("a shell needs a terminal")
@@ -233,6 +256,7 @@ fn shell(args: &InstallArgs) -> Result<u8> {
     let saved = stty(&["-g"])?;
     let term = std::env::var("TERM").unwrap_or_else(|_| "vt100".to_owned());
     let run = Run {
+        arch,
         command: vec!["bash".to_owned(), "-l".to_owned()],
         env: vec![("TERM".to_owned(), term)],
         ..Run::default()
@@ -249,13 +273,15 @@ fn shell(args: &InstallArgs) -> Result<u8> {
 }
 
 /// Where the lab that stays is written down.
-fn note() -> PathBuf {
-    paths::target().join("lab.json")
+fn note(arch: Arch) -> PathBuf {
+    paths::target()
+        .join(arch.suffixed("lab"))
+        .with_extension("json")
 }
 
 /// The lab that stays, if it runs and speaks this program's language.
-fn running() -> Result<Option<Lab>> {
-    let Ok(text) = fs::read(note()) else {
+fn running(arch: Arch) -> Result<Option<Lab>> {
+    let Ok(text) = fs::read(note(arch)) else {
         return Ok(None);
     };
     let Ok(lab) = serde_json::from_slice::<Lab>(&text) else {
@@ -264,7 +290,7 @@ fn running() -> Result<Option<Lab>> {
     if !lab.alive() {
         return Ok(None);
     }
-    if lab.helper != machine::helper()? {
+    if lab.helper != machine::helper(arch)? {
         eprintln!(
             "    the running lab is of another build of xtask (`cargo xtask lab down`); starting one for this run"
         );
@@ -273,34 +299,29 @@ fn running() -> Result<Option<Lab>> {
     Ok(Some(lab))
 }
 
-fn up(memory: String, containerd: Version) -> Result<()> {
-    if running()?.is_some() {
+fn up(shape: Shape) -> Result<()> {
+    if running(shape.arch)?.is_some() {
         eprintln!("    a lab is already up");
         return Ok(());
     }
-    down()?;
+    down(shape.arch)?;
     step("lab", || {
-        let shape = Shape {
-            memory,
-            containerd,
-            icount: false,
-        };
         let lab = machine::start_detached(&shape)?;
         let json = serde_json::to_vec(&lab).context("cannot describe the lab")?;
         paths::make_dir(&paths::target())?;
-        fs::write(note(), json).context("cannot note the lab")?;
+        fs::write(note(shape.arch), json).context("cannot note the lab")?;
         Session::open(&lab).map(drop)
     })
 }
 
-fn down() -> Result<()> {
-    let Ok(text) = fs::read(note()) else {
+fn down(arch: Arch) -> Result<()> {
+    let Ok(text) = fs::read(note(arch)) else {
         return Ok(());
     };
     if let Ok(lab) = serde_json::from_slice::<Lab>(&text) {
         lab.end()?;
     }
-    match fs::remove_file(note()) {
+    match fs::remove_file(note(arch)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             bail!("cannot forget the lab: {error}")
         }

@@ -1,11 +1,13 @@
-//! `xtask test`: format, lints, unit tests, then end-to-end tests where microVMs run.
+//! `xtask test`: format, lints, unit tests, the macOS build, end-to-end tests where microVMs run,
+//! then fuzzing, and tests of arm64 in its lab.
 
+pub(crate) mod arm64;
 mod e2e;
 mod total;
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -13,7 +15,7 @@ use self::e2e::Report;
 use self::total::Total;
 use crate::containerd::Version;
 use crate::step::{call, step};
-use crate::{deny, fuzz, paths};
+use crate::{deny, fuzz, macos, paths};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -26,6 +28,9 @@ pub(crate) struct Args {
     /// Also every fuzz target for so many seconds each
     #[arg(long, env = "FUZZ_SECONDS", value_name = "SECONDS")]
     fuzz: Option<u64>,
+    /// Leave out fuzzing and the tests of arm64 when all before them took longer, and say so
+    #[arg(long, env = "BUDGET", value_name = "MINUTES")]
+    budget: Option<u64>,
     /// How many containers `faults::one_after_the_other` runs
     #[arg(long, env = "RUNS")]
     runs: Option<u32>,
@@ -35,20 +40,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<u8> {
+    let begin = Instant::now();
     let mut total = Total::default();
     let mut good = true;
     let filter = args.e2e.as_deref().filter(|name| !name.is_empty());
     if filter.is_none() {
         good &= check(&mut total)?;
-        if let Some(seconds) = args.fuzz {
-            let seconds = Duration::from_secs(seconds.max(1));
-            let [passed, failed] = step("fuzz", || fuzz::targets(seconds, ""))?;
-            total.add(Total {
-                passed,
-                failed,
-                skipped: 0,
-            });
-        }
     }
     let mut where_run = String::new();
     if !args.quick {
@@ -62,23 +59,51 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         }
         where_run = Report::describe(&reports);
     }
+    if filter.is_none()
+        && let Some(seconds) = args.fuzz
+        && in_time(args, begin, "fuzz", &mut total)
+    {
+        let seconds = Duration::from_secs(seconds.max(1));
+        let [passed, failed] = step("fuzz", || fuzz::targets(seconds, ""))?;
+        total.add(Total {
+            passed,
+            failed,
+            skipped: 0,
+        });
+    }
+    // It has nothing to do with a containerd: a run on one alone is about that.
+    let whole = !args.quick && filter.is_none() && args.containerd.is_none();
+    if whole && in_time(args, begin, "arm64", &mut total) {
+        good &= arm64::counted(&mut total);
+    }
     io::stderr().flush().context("cannot flush")?;
-    let Total {
-        passed,
-        failed,
-        skipped,
-    } = total;
-    println!("{passed} passed, {failed} failed, {skipped} skipped{where_run}");
-    Ok(u8::from(!good || failed > 0))
+    println!("{total}{where_run}");
+    Ok(u8::from(!good || total.failed > 0))
 }
 
-/// Format, lints and unit tests; goes on after a failure, so that one run tells all.
+/// Whether there is time left for what takes long and comes last; if not, that is said and counted.
+fn in_time(args: &Args, begin: Instant, name: &str, total: &mut Total) -> bool {
+    let Some(budget) = args.budget else {
+        return true;
+    };
+    let left = begin.elapsed() < Duration::from_secs(60 * budget);
+    if !left {
+        eprintln!(
+            "    {name}: skipped: what came before took longer than the {budget} minutes allowed"
+        );
+        total.skipped += 1;
+    }
+    left
+}
+
+/// Format, lints, unit tests and the macOS build; goes on after a failure, so that one run tells all.
 fn check(total: &mut Total) -> Result<bool> {
-    // The last two are what unit tests make images with.
+    // The last three are what unit tests make images with, and of.
     crate::apt::ensure(&[
         "gcc",
         "libseccomp-dev",
         "pkg-config",
+        "busybox-static",
         "e2fsprogs",
         "erofs-utils",
     ])?;
@@ -101,7 +126,13 @@ fn check(total: &mut Total) -> Result<bool> {
     good &= reported(deny::check(true));
     let unit = ["test", "--workspace", "--no-fail-fast"];
     good &= step("unit tests", || counted(cargo().args(unit), total))?;
+    good &= reported(macos::check());
     Ok(good)
+}
+
+/// The tests that hold the rules of layering, alone.
+pub(crate) fn tidy() -> Result<()> {
+    call(cargo().args(["test", "-q", "-p", "xtask", "tidy::"]))
 }
 
 fn cargo() -> Command {
@@ -165,5 +196,30 @@ impl Write for Tee {
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Args, Instant, Total, in_time};
+
+    #[test]
+    fn what_is_left_out_is_counted() {
+        let mut args = Args {
+            e2e: None,
+            containerd: None,
+            fuzz: None,
+            budget: None,
+            runs: None,
+            quick: false,
+        };
+        let mut total = Total::default();
+        assert!(in_time(&args, Instant::now(), "x", &mut total));
+        args.budget = Some(1);
+        assert!(in_time(&args, Instant::now(), "x", &mut total));
+        assert_eq!(total.skipped, 0);
+        args.budget = Some(0);
+        assert!(!in_time(&args, Instant::now(), "x", &mut total));
+        assert_eq!(total.skipped, 1);
     }
 }

@@ -35,6 +35,17 @@ impl Total {
     }
 }
 
+impl std::fmt::Display for Total {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            passed,
+            failed,
+            skipped,
+        } = self;
+        write!(to, "{passed} passed, {failed} failed, {skipped} skipped")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Total;

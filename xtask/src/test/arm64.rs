@@ -1,0 +1,110 @@
+//! Tests of arm64: cross-built, then run in the arm64 lab as they would be on such a machine.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::Tee;
+use super::total::Total;
+use crate::arch::Arch;
+use crate::lab::{self, Run};
+use crate::step::{output, step};
+use crate::{build, cross, paths};
+
+const ARCH: Arch = Arch::Aarch64;
+
+/// What of ours runs on arm64, each with its tests.
+const PACKAGES: [&str; 2] = ["supermachine-agent", "supermachine-protocol"];
+
+/// All of it, in the lab on two slow processors.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// Runs each program of a folder, the next also after one that failed.
+const EACH: &str = "status=0; for program in /mnt/tests-arm64/*; do \
+    echo \"$program\"; \"$program\" || status=1; done; exit $status";
+
+/// Runs them and prints the total.
+pub(crate) fn run() -> Result<u8> {
+    let mut total = Total::default();
+    let good = counted(&mut total);
+    io::stderr().flush().context("cannot flush")?;
+    println!("{total}");
+    Ok(u8::from(!good || total.failed > 0))
+}
+
+/// Runs them and adds up what they report; that they could not be run is a failure too.
+pub(super) fn counted(total: &mut Total) -> bool {
+    step("arm64", || in_lab(total)).unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        total.failed += 1;
+        false
+    })
+}
+
+fn in_lab(total: &mut Total) -> Result<bool> {
+    lab::prepare(ARCH)?;
+    let folder = step("arm64: test programs", programs)?;
+    let mut tee = Tee::default();
+    let run = Run {
+        arch: ARCH,
+        command: ["sh", "-c", EACH].map(str::to_owned).to_vec(),
+        add: vec![folder],
+        timeout: Some(LIMIT),
+        ..Run::default()
+    };
+    let status = step("arm64: tests in the lab", || lab::run_bare(run, &mut tee))?;
+    let counted = tee.total();
+    total.add(counted);
+    if status != 0 && counted.failed == 0 {
+        // It ended before it could count: that is a failure too.
+        total.failed += 1;
+    }
+    Ok(status == 0)
+}
+
+/// Builds every test program and puts them in a folder.
+fn programs() -> Result<PathBuf> {
+    let folder = paths::products(ARCH).join("tests-arm64");
+    paths::remove_dir(&folder)?;
+    paths::make_dir(&folder)?;
+    let mut command = cross::cargo("test", ARCH)?;
+    for package in PACKAGES {
+        command.args(["-p", package]);
+    }
+    command.args(["--no-run", "--message-format=json"]);
+    let said = String::from_utf8_lossy(&output(&mut command)?.stdout).into_owned();
+    for program in said.lines().filter_map(executable) {
+        build::install_stripped(Path::new(&program), &folder, ARCH)?;
+    }
+    Ok(folder)
+}
+
+/// The test program that a message of cargo's is about.
+fn executable(message: &str) -> Option<String> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    message.pointer("/profile/test")?.as_bool()?.then_some(())?;
+    Some(message.get("executable")?.as_str()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::executable;
+
+    #[test]
+    fn only_test_programs_are_run() {
+        let message = |test: bool, executable: &str| {
+            format!(
+                r#"{{"reason":"compiler-artifact","profile":{{"test":{test}}},"executable":{executable}}}"#
+            )
+        };
+        assert_eq!(
+            executable(&message(true, r#""/t/a-1""#)).as_deref(),
+            Some("/t/a-1")
+        );
+        assert_eq!(executable(&message(false, r#""/t/a""#)), None);
+        assert_eq!(executable(&message(true, "null")), None);
+        assert_eq!(executable("   Compiling a v0.1.0"), None);
+    }
+}
