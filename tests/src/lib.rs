@@ -21,6 +21,7 @@ pub mod shim;
 pub mod step;
 pub mod terminal;
 pub mod traces;
+pub mod work;
 
 use std::time::{Duration, Instant};
 

@@ -9,6 +9,18 @@ use crate::guest::{Init, MARKER};
 use crate::machine::{self, Files, Running, Vmm};
 use crate::trace::{Point, Record, Tracer};
 
+/// What is traced for whoever looks for savings.
+pub(crate) const PROFILED: [&str; 8] = [
+    "sched/sched_process_exec",
+    "sched/sched_switch",
+    "raw_syscalls/sys_enter",
+    "raw_syscalls/sys_exit",
+    "exceptions/page_fault_user",
+    "exceptions/page_fault_kernel",
+    "kvm/kvm_entry",
+    "kvm/kvm_exit",
+];
+
 /// One boot; times in nanoseconds from the VMM's exec.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Boot {
@@ -27,7 +39,7 @@ pub(crate) struct Exits {
     pub(crate) reasons: Vec<(String, usize)>,
 }
 
-fn exec() -> Point {
+pub(crate) fn exec() -> Point {
     Point::all("sched/sched_process_exec")
 }
 
@@ -109,22 +121,12 @@ pub(crate) fn exits(tracer: &Tracer, vmm: &Vmm, files: &Files, raw: &Path) -> Re
 
 /// System calls and faults of one boot, for whoever looks for savings.
 pub(crate) fn profile(tracer: &Tracer, vmm: &Vmm, files: &Files, raw: &Path) -> Result<()> {
-    let points = [
-        "sched/sched_process_exec",
-        "sched/sched_switch",
-        "raw_syscalls/sys_enter",
-        "raw_syscalls/sys_exit",
-        "exceptions/page_fault_user",
-        "exceptions/page_fault_kernel",
-        "kvm/kvm_entry",
-        "kvm/kvm_exit",
-    ];
     let run = || vmm.boot(files, Init::Reset).and_then(Running::ended);
-    let (_, _, text) = tracer.record(&points.map(Point::all), run)?;
+    let (_, _, text) = tracer.record(&PROFILED.map(Point::all), run)?;
     std::fs::write(raw, text).context("cannot keep a profile")
 }
 
-fn exec_of(records: &[Record], pid: u32) -> Result<u64> {
+pub(crate) fn exec_of(records: &[Record], pid: u32) -> Result<u64> {
     let pid = format!(" pid={pid} ");
     let hit = records
         .iter()

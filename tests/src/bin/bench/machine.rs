@@ -6,10 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use supermachine_tests::initramfs::Initramfs;
+use supermachine_tests::program::wait;
 use supermachine_vmm::control::{
     BootSpec, ConsoleSpec, DiskSpec, Event, Exit, SpawnConfig, VmHandle, VsockSpec,
 };
@@ -19,6 +20,8 @@ use crate::guest::{self, Init};
 use crate::trace;
 
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 reboot=t tsc=reliable";
+/// Ports of the console where there is an agent.
+pub(crate) const PORTS: u32 = 17;
 const MEMORY: u64 = 128 << 20;
 const DISK: u64 = 16 << 20;
 /// The disk that I/O is measured on: more than the guest could cache.
@@ -71,7 +74,7 @@ impl Files {
         })
     }
 
-    fn disk(&self) -> PathBuf {
+    pub(crate) fn disk(&self) -> PathBuf {
         self.dir.join("disk")
     }
 
@@ -81,7 +84,7 @@ impl Files {
     }
 
     /// Where the agent would be reached.
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.join("vsock")
     }
 }
@@ -178,7 +181,7 @@ fn bare(files: &Files, init: Init) -> Result<BootSpec> {
     })
 }
 
-fn null() -> Result<std::os::fd::OwnedFd> {
+pub(crate) fn null() -> Result<std::os::fd::OwnedFd> {
     let null = File::options()
         .write(true)
         .open("/dev/null")
@@ -195,7 +198,7 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     spec.initramfs = Some(open(&files.agent)?);
     spec.console = Some(ConsoleSpec {
         ports: vec!["supermachine.agent".to_owned()],
-        max_ports: 17,
+        max_ports: PORTS,
     });
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     spec.balloon = Some(BalloonConfig::default());
@@ -296,7 +299,12 @@ impl Running {
                 }
             },
             Self::Qemu(mut child) => {
-                let status = child.wait().context("cannot wait for QEMU")?;
+                let ended = wait(&mut child, Instant::now() + DEADLINE);
+                if ended.is_err() {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+                let status = ended.context("QEMU's guest")?;
                 anyhow::ensure!(status.success(), "QEMU: {status}");
                 trace::now()
             }

@@ -7,6 +7,7 @@
 //! What goes to `$SUPERMACHINE_OUT`: the tables, and the traces they were made from.
 
 mod boots;
+mod clones;
 mod containers;
 mod disks;
 mod guest;
@@ -108,6 +109,7 @@ fn run(args: &Args) -> Result<()> {
         containers(&mut report, &args.images, args.runs);
     }
     bench.boots(&mut report);
+    bench.clones(&mut report, args.profile);
     if !args.icount {
         bench.idle(&mut report);
         sizes(&mut report);
@@ -264,6 +266,65 @@ impl Bench {
             "their most frequent reasons",
             of(&ours, reasons),
             of(&qemu, reasons),
+        );
+    }
+
+    /// VMs that go on from a snapshot; the first finds cold caches and is not counted.
+    fn clones(&self, report: &mut Report, profile: bool) {
+        let Vmm::Ours(exe) = &self.ours else { return };
+        let Some(dir) = report.take(
+            "snapshot",
+            tempfile::tempdir_in("/var/tmp").map_err(Into::into),
+        ) else {
+            return;
+        };
+        let snapshot = clones::snapshot(&self.tracer, exe, &self.files, dir.path());
+        let Some((snapshot, booted)) = report.take("snapshot", snapshot) else {
+            return;
+        };
+        let mut all = Vec::new();
+        for turn in 0..=self.runs {
+            let clone = clones::clone(&self.tracer, exe, &self.files, &snapshot, None);
+            all.extend(report.take("clone", clone).filter(|_| turn > 0));
+        }
+        if profile {
+            let raw = self.out.join("profile-clone.txt");
+            let clone = clones::clone(&self.tracer, exe, &self.files, &snapshot, Some(&raw));
+            report.take("profile", clone);
+        }
+        let pick = |field: fn(&clones::Clone) -> u64| all.iter().map(field).collect::<Vec<_>>();
+        report.row(
+            "snapshot of a VM of 256 MiB whose agent waits",
+            milliseconds(&[snapshot.took]),
+            "—",
+        );
+        report.row(
+            "its file, on the disk / in length",
+            format!(
+                "{} / {}",
+                mebibytes(snapshot.used),
+                mebibytes(snapshot.length)
+            ),
+            "—",
+        );
+        report.row(
+            "restore, exec of the VMM to a connection that the guest has accepted",
+            milliseconds(&pick(|clone| clone.accepted)),
+            "—",
+        );
+        report.row(
+            "restore, exec to the agent's first answer (beside: our cold boot to the same)",
+            milliseconds(&pick(|clone| clone.answered)),
+            milliseconds(&[booted]),
+        );
+        let private = pick(|clone| clone.private);
+        report.row(
+            "private memory of an idle clone, guest RAM included",
+            private
+                .iter()
+                .max()
+                .map_or_else(|| "—".to_owned(), |kib| mebibytes(*kib)),
+            "—",
         );
     }
 

@@ -44,6 +44,17 @@ pub(crate) fn watch(pids: &[u32]) -> Result<Vec<Idle>> {
         .collect()
 }
 
+/// KiB that a process has for itself after a while, all mappings included.
+pub(crate) fn all_private(pid: u32) -> Result<u64> {
+    thread::sleep(SETTLE);
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("no smaps")?;
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Private_Dirty:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("no private memory")?.parse()?)
+}
+
 /// Context switches of all threads so far, and their number.
 fn switches(pid: u32) -> Result<(u64, usize)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).context("the process is gone")?;

@@ -97,13 +97,7 @@ fn vmm_killed(world: &World) -> Result<()> {
 fn shim_killed(world: &World) -> Result<()> {
     leaves_nothing(world, || {
         let container = world.host.container(BUSYBOX).detach(&["sleep", "1000"])?;
-        let pid = pid(world, container.id())?;
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let shim = status
-            .lines()
-            .find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
-            .ok_or_else(|| anyhow::anyhow!("no parent of {pid}"))?;
-        kill_9(shim)?;
+        kill_9(parent(pid(world, container.id())?)?)?;
         // containerd notices, runs the shim's delete, and forgets the task.
         until("the task to go", world.host.deadline, || {
             Ok(world
@@ -120,6 +114,13 @@ fn pid(world: &World, id: &str) -> Result<u32> {
     let task = world.host.task(id)?;
     task.map(|(pid, _)| pid)
         .ok_or_else(|| anyhow::anyhow!("no task {id}"))
+}
+
+/// The process that started this one: the shim of a VMM.
+pub(crate) fn parent(pid: u32) -> Result<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    Ok(parent.context("no parent")?.trim().parse()?)
 }
 
 pub(crate) fn kill_9(pid: u32) -> Result<()> {
@@ -145,7 +146,7 @@ pub(crate) fn freeze(pid: u32) -> Result<()> {
     })
 }
 
-fn signal(pid: u32, signal: Signal) -> Result<()> {
+pub(crate) fn signal(pid: u32, signal: Signal) -> Result<()> {
     // 0 and what is below are no processes, and more than one.
     ensure!(pid > 1, "process {pid}");
     kill(Pid::from_raw(i32::try_from(pid)?), signal).with_context(|| format!("process {pid}"))

@@ -82,7 +82,7 @@ struct Options {
     #[arg(long, default_value_t = 120)]
     deadline: u64,
     /// How many containers `faults::one_after_the_other` runs
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 5)]
     runs: u32,
     /// Leave out the tests that one containerd is enough for: a run on another has them
     #[arg(long)]

@@ -1,5 +1,5 @@
 //! A guest's `/init`, for tests and benches that boot a VM without a container: does what its
-//! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=wait`), then resets the machine.
+//! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=work`, `GUEST=wait`), then resets the machine.
 
 #[allow(
     unsafe_code,
@@ -7,6 +7,11 @@
 )]
 mod disk;
 mod memory;
+#[allow(
+    unsafe_code,
+    reason = "an accepted connection is a number that somebody must own"
+)]
+mod work;
 
 use std::process::ExitCode;
 
@@ -44,6 +49,7 @@ fn run() -> Result<()> {
     match std::env::var("GUEST").as_deref() {
         Ok("memory") => memory::run(),
         Ok("disk") => disk::run(),
+        Ok("work") => work::run(),
         Ok("wait") => loop {
             nix::unistd::pause();
         },

@@ -80,6 +80,7 @@ pub(crate) fn errors() -> Value {
         "kexec_load",
         call(libc::SYS_kexec_load, [0, 0, 0, 0xffff, 0]),
     );
+    #[cfg(target_arch = "x86_64")]
     tell("iopl", call(libc::SYS_iopl, [3, 0, 0, 0, 0]));
     tell("syslog size", call(libc::SYS_syslog, [10, 0, 0, 0, 0]));
     tell(
@@ -221,16 +222,18 @@ fn socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> Resu
 }
 
 const NODE: &CStr = c"/tmp/probe-node";
+/// `AT_FDCWD`, for the calls that arm64 has as well.
+const HERE: u64 = libc::AT_FDCWD as i64 as u64;
 
 fn mknod(kind: libc::mode_t, major: u32, minor: u32) -> Result<i64, i32> {
     let node = NODE.as_ptr().expose_provenance() as u64;
     let mode = u64::from(kind | 0o666);
     let made = call(
-        libc::SYS_mknod,
-        [node, mode, libc::makedev(major, minor), 0, 0],
+        libc::SYS_mknodat,
+        [HERE, node, mode, libc::makedev(major, minor), 0],
     );
     if made.is_ok() {
-        call(libc::SYS_unlink, [node, 0, 0, 0, 0])?;
+        call(libc::SYS_unlinkat, [HERE, node, 0, 0, 0])?;
     }
     made
 }
@@ -240,12 +243,12 @@ fn device(kind: libc::mode_t, major: u32, minor: u32) -> Result<i64, i32> {
     let node = NODE.as_ptr().expose_provenance() as u64;
     let mode = u64::from(kind | 0o666);
     call(
-        libc::SYS_mknod,
-        [node, mode, libc::makedev(major, minor), 0, 0],
+        libc::SYS_mknodat,
+        [HERE, node, mode, libc::makedev(major, minor), 0],
     )?;
     let flags = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY).unsigned_abs();
-    let opened = call(libc::SYS_open, [node, u64::from(flags), 0, 0, 0]);
-    call(libc::SYS_unlink, [node, 0, 0, 0, 0])?;
+    let opened = call(libc::SYS_openat, [HERE, node, u64::from(flags), 0, 0]);
+    call(libc::SYS_unlinkat, [HERE, node, 0, 0, 0])?;
     let opened = opened.map_err(|errno| errno + 1000)?;
     call(libc::SYS_close, [opened.unsigned_abs(), 0, 0, 0, 0])
 }

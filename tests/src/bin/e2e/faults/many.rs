@@ -12,7 +12,7 @@ use supermachine_tests::{BUSYBOX, until};
 
 use super::{EXEC, ended, process, shim};
 use crate::bad::configured;
-use crate::leftovers::{containerd_files, leaves_nothing, take};
+use crate::leftovers::{containerd_files, leaves_nothing, parent, take};
 use crate::support::{World, equal};
 
 const KIB: u64 = 1 << 10;
@@ -118,12 +118,6 @@ fn one_after_the_other(world: &World) -> Result<()> {
 fn one(world: &World, stays: &supermachine_tests::host::Detached) -> Result<()> {
     equal(world.host.sh("echo x")?.success()?.as_str(), "x")?;
     equal(stays.exec(&["echo", "y"])?.success()?.as_str(), "y")
-}
-
-fn parent(pid: u32) -> Result<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    Ok(parent.context("no parent")?.trim().parse()?)
 }
 
 /// Back-pressure: the container waits, and nobody stores what it writes.

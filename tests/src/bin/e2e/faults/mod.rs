@@ -6,6 +6,7 @@ mod deaths;
 mod guests;
 mod limits;
 mod many;
+mod neighbours;
 mod saboteur;
 mod silence;
 
@@ -31,6 +32,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         limits::tests(world),
         daemon::tests(world),
         many::tests(world),
+        neighbours::tests(world),
     ]
     .into_iter()
     .flatten()
