@@ -1,4 +1,4 @@
-//! The daemon: serves one container's Task API until containerd says it is done.
+//! The daemon: serves one container's Task API until containerd says it is done, or has forgotten it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,6 +28,10 @@ const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// How long the last events may take to reach containerd.
 const FLUSH: Duration = Duration::from_secs(10);
+
+/// How long containerd may take to ask for the end after the last task's deletion. To ask is the next
+/// thing that it does.
+const ABANDONED: Duration = Duration::from_secs(10);
 
 /// Serves until told to stop.
 ///
@@ -102,13 +106,17 @@ async fn serve(args: &Args, listener: UnixListener, config: Resolved) -> Result<
 
     let mut server = Server::new()
         .add_listener(Listener::try_from(listener)?)
-        .register_service(services(task));
+        .register_service(services(task.clone()));
     server.start().await?;
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let signal = tokio::select! {
         () = done.notified() => None,
+        () = task.abandoned(ABANDONED) => {
+            tracing::info!("ended, as nobody asks for it");
+            None
+        }
         _ = terminate.recv() => Some("SIGTERM"),
         _ = interrupt.recv() => Some("SIGINT"),
     };

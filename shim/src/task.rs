@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
@@ -36,6 +36,8 @@ pub(crate) struct Task {
     metrics: metrics::Mode,
     /// Told when containerd wants the daemon gone.
     done: Arc<Notify>,
+    /// Told when the last task has been deleted.
+    emptied: Arc<Notify>,
 }
 
 impl Task {
@@ -45,6 +47,25 @@ impl Task {
             sandbox,
             metrics: metrics::Mode::of_host(),
             done,
+            emptied: Arc::default(),
+        }
+    }
+
+    /// Waits until the last task has been deleted and, for as long as `patience`, there was no other.
+    ///
+    /// containerd asks for the daemon's end right after that. One that was killed in between and
+    /// came back finds no task, and asks nobody for anything.
+    pub(crate) async fn abandoned(&self, patience: Duration) {
+        loop {
+            self.emptied.notified().await;
+            // Each deletion starts the time anew.
+            while tokio::time::timeout(patience, self.emptied.notified())
+                .await
+                .is_ok()
+            {}
+            if self.sandbox.is_empty() {
+                return;
+            }
         }
     }
 }
@@ -164,6 +185,9 @@ impl shim_async::Task for Task {
             .delete(&req.id, &req.exec_id)
             .await
             .map_err(status)?;
+        if self.sandbox.is_empty() {
+            self.emptied.notify_one();
+        }
         let mut reply = api::DeleteResponse::new();
         reply.pid = pid;
         reply.exit_status = exit.status;

@@ -241,7 +241,13 @@ impl Sandbox {
     /// Whether it may be ended: nothing is in it, or nothing that anybody has been told of. Who asks
     /// for the end while a container is being created has given that up.
     pub fn is_idle(&self) -> bool {
-        *self.inner.creating.borrow() || matches!(&*self.inner.slot(), Slot::Empty)
+        *self.inner.creating.borrow() || self.is_empty()
+    }
+
+    /// Whether nothing is in it, nor on its way.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        matches!(&*self.inner.slot(), Slot::Empty)
     }
 
     /// Ends whatever runs or is being created, by force, and gives everything back.
