@@ -270,6 +270,8 @@ fn boot_qemu(exe: &Path, guest: &QemuGuest) -> Result<Running> {
         .arg("-initrd")
         .arg(&guest.initramfs)
         .args(["-drive", &drive, "-device", "virtio-blk-device,drive=d"])
+        // Its transport is virtio 0.9's by default, which our kernel's driver doesn't take.
+        .args(["-global", "virtio-mmio.force-legacy=false"])
         .stdin(Stdio::null())
         .spawn()
         .context("cannot start QEMU")?;

@@ -49,11 +49,15 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         test("docker::init", init),
         test("docker::written", written),
         test("docker::refused", refused),
+        test("docker::image_store", image_store),
     ]
 }
 
 fn start(world: &World) -> Result<Docker> {
-    let mut more = json!({});
+    start_with(world, json!({}))
+}
+
+fn start_with(world: &World, mut more: Value) -> Result<Docker> {
     // Beside this program: see xtask's programs.
     let init = std::env::current_exe()?.with_file_name("docker-init");
     if init.exists() {
@@ -396,4 +400,20 @@ fn refused(world: &World, docker: &Docker) -> Result<()> {
         ensure!(run.code()? >= 125, "{}", run.code()?);
     }
     equal(docker.say(&["ps", "--all", "--quiet"])?.as_str(), "")
+}
+
+/// With containerd's image store, which is Docker's default for new installations since version 29.
+fn image_store(world: &World, _: &Docker) -> Result<()> {
+    let docker = start_with(
+        world,
+        json!({
+            "features": {"containerd-snapshotter": true},
+            // The other dockerd has the default one.
+            "containerd-namespace": "image-store",
+        }),
+    )?;
+    let status = docker.say(&["info", "--format", "{{json .DriverStatus}}"])?;
+    said(&status, "io.containerd.snapshotter")?;
+    run_and_remove(world, &docker)?;
+    written(world, &docker)
 }

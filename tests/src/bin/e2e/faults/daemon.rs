@@ -1,7 +1,7 @@
 //! containerd is killed at each step of a container's life, and started again.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -15,19 +15,16 @@ use supermachine_tests::program::Program;
 use supermachine_tests::shim::{recorded_vmm, state_directory};
 use supermachine_tests::{BUSYBOX, until};
 
-use super::Step;
 use super::deaths::configuration;
+use super::{Step, ended, shim};
 use crate::leftovers::{freeze, leaves_nothing, parent, signal};
 use crate::support::{World, equal};
 
 pub(super) fn tests(world: &World) -> Vec<Trial> {
     vec![
         world.vm_test("faults::containerd_killed_in_create", in_create),
-        world.soak_test(
-            "faults::containerd_killed_later",
-            "sometimes a shim whose task is gone lives on, not understood yet",
-            later,
-        ),
+        world.vm_test("faults::containerd_killed_later", later),
+        world.vm_test("faults::forgotten_after_delete", forgotten),
     ]
 }
 
@@ -86,6 +83,20 @@ fn later(world: &World) -> Result<()> {
             .try_for_each(|step| {
                 interrupted(&mut containerd, &host, step).with_context(|| format!("{step:?}"))
             })
+    })
+}
+
+/// A shim whose task is deleted ends by itself, although nobody asks for that.
+fn forgotten(world: &World) -> Result<()> {
+    leaves_nothing(world, || {
+        let (shim, bundle) = shim(world, &world.shim()?, &["true"])?;
+        shim.create(&bundle)?;
+        shim.start_task()?;
+        ended(&shim, 0)?;
+        let process = PathBuf::from(format!("/proc/{}", shim.pid()?));
+        until("the shim to end", world.host.deadline, || {
+            Ok(!process.exists())
+        })
     })
 }
 

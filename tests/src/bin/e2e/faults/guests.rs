@@ -6,7 +6,7 @@ use supermachine_tests::shim::{Event, refusal};
 use supermachine_tests::until;
 use ttrpc::Code;
 
-use super::saboteur::{Fate, LATER, When, configured_with};
+use super::saboteur::{Fate, LATER, NEXT, When, configured_with};
 use super::{EXEC, ended, exit, process, shim, told};
 use crate::leftovers::leaves_nothing;
 use crate::support::{World, equal};
@@ -21,6 +21,9 @@ pub(super) fn tests(world: &World) -> Vec<Trial> {
         world.vm_test("faults::guest_ends_in_exec", in_exec),
         world.vm_test("faults::guest_ends_in_kill", in_kill),
         world.vm_test("faults::guest_ends_before_delete", before_delete),
+        world.vm_test("faults::guest_ends_within_create", within_create),
+        world.vm_test("faults::guest_ends_within_start", within_start),
+        world.vm_test("faults::guest_ends_within_exec", within_exec),
     ]
 }
 
@@ -32,26 +35,72 @@ fn reason(fate: Fate) -> &'static str {
     }
 }
 
+/// Does it with a guest whose kernel panics, then with one whose agent dies: `work` says what of it
+/// failed, and leaves nothing.
+fn either(world: &World, work: impl Fn(Fate) -> Result<()>) -> Result<()> {
+    [Fate::Panic, Fate::Die].into_iter().try_for_each(|fate| {
+        leaves_nothing(world, || work(fate)).with_context(|| format!("{fate:?}"))
+    })
+}
+
 /// The error of Create has the kernel's last words.
 fn in_create(world: &World) -> Result<()> {
-    for fate in [Fate::Panic, Fate::Die] {
-        leaves_nothing(world, || {
-            let config = configured_with(world, When::Boot, fate, &[])?;
-            let (shim, bundle) = shim(world, &config, &["true"])?;
-            let (_, text) = refusal(shim.create(&bundle))?;
-            ensure!(text.contains("reset"), "not how it ended: {text}");
-            ensure!(text.contains(reason(fate)), "not why it ended: {text}");
-            equal(refusal(shim.state())?.0, Code::NOT_FOUND)
-        })
-        .with_context(|| format!("{fate:?}"))?;
-    }
-    Ok(())
+    either(world, |fate| create_fails(world, When::Boot, fate))
+}
+
+/// The same once the agent was asked for the container.
+fn within_create(world: &World) -> Result<()> {
+    either(world, |fate| create_fails(world, When::Create, fate))
+}
+
+fn create_fails(world: &World, when: When, fate: Fate) -> Result<()> {
+    let config = configured_with(world, when, fate, &[])?;
+    let (shim, bundle) = shim(world, &config, &["true"])?;
+    let (_, text) = refusal(shim.create(&bundle))?;
+    ensure!(text.contains("reset"), "not how it ended: {text}");
+    ensure!(text.contains(reason(fate)), "not why it ended: {text}");
+    equal(refusal(shim.state())?.0, Code::NOT_FOUND)
+}
+
+/// Start fails, and the container has ended without having run.
+fn within_start(world: &World) -> Result<()> {
+    either(world, |fate| {
+        let config = configured_with(world, When::Start, fate, &[])?;
+        let (shim, bundle) = shim(world, &config, &["true"])?;
+        shim.create(&bundle)?;
+        let (_, text) = refusal(shim.start_task())?;
+        ensure!(text.contains(reason(fate)), "not why it ended: {text}");
+        ended(&shim, UNKNOWN)
+    })
+}
+
+/// The exec's start fails, and everything has ended.
+fn within_exec(world: &World) -> Result<()> {
+    either(world, |fate| {
+        let config = configured_with(world, When::Exec, fate, &[])?;
+        let (shim, bundle) = shim(world, &config, &["sleep", "1000"])?;
+        let pid = shim.create(&bundle)?;
+        shim.start_task()?;
+        let arming = "arming";
+        shim.exec_with(arming, &process(&["sh", "-c", NEXT]), |_| {})?;
+        shim.start_exec(arming)?;
+        equal(shim.end_exec(arming)?, 0)?;
+        shim.exec_with(EXEC, &process(&["true"]), |_| {})?;
+        let (_, text) = refusal(shim.start_exec(EXEC))?;
+        ensure!(text.contains(reason(fate)), "not why it ended: {text}");
+        let start = Event::Start { pid };
+        let armed = Event::Exit {
+            id: arming.to_owned(),
+            status: 0,
+        };
+        told(&shim, &[Event::Create, start, armed, exit(&shim, UNKNOWN)])?;
+        ended(&shim, UNKNOWN)
+    })
 }
 
 /// The first that its program does is the last.
 fn in_start(world: &World) -> Result<()> {
-    leaves_nothing(world, || {
-        let fate = Fate::Panic;
+    either(world, |fate| {
         let config = configured_with(world, When::Told, fate, &[])?;
         let script = format!("{}; sleep 1000", fate.command());
         let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
@@ -66,34 +115,29 @@ fn in_start(world: &World) -> Result<()> {
 
 /// Every process has ended, the container's first one last.
 fn in_exec(world: &World) -> Result<()> {
-    for fate in [Fate::Panic, Fate::Die] {
-        leaves_nothing(world, || {
-            let config = configured_with(world, When::Told, fate, &[])?;
-            let (shim, bundle) = shim(world, &config, &["sleep", "1000"])?;
-            let pid = shim.create(&bundle)?;
-            shim.start_task()?;
-            let script = format!("{}; sleep 1000", fate.command());
-            shim.exec_with(EXEC, &process(&["sh", "-c", &script]), |_| {})?;
-            shim.start_exec(EXEC)?;
-            let start = Event::Start { pid };
-            let of_exec = Event::Exit {
-                id: EXEC.to_owned(),
-                status: UNKNOWN,
-            };
-            let events = [Event::Create, start, of_exec, exit(&shim, UNKNOWN)];
-            told(&shim, &events)?;
-            equal(shim.end_exec(EXEC)?, UNKNOWN)?;
-            ended(&shim, UNKNOWN)
-        })
-        .with_context(|| format!("{fate:?}"))?;
-    }
-    Ok(())
+    either(world, |fate| {
+        let config = configured_with(world, When::Told, fate, &[])?;
+        let (shim, bundle) = shim(world, &config, &["sleep", "1000"])?;
+        let pid = shim.create(&bundle)?;
+        shim.start_task()?;
+        let script = format!("{}; sleep 1000", fate.command());
+        shim.exec_with(EXEC, &process(&["sh", "-c", &script]), |_| {})?;
+        shim.start_exec(EXEC)?;
+        let start = Event::Start { pid };
+        let of_exec = Event::Exit {
+            id: EXEC.to_owned(),
+            status: UNKNOWN,
+        };
+        let events = [Event::Create, start, of_exec, exit(&shim, UNKNOWN)];
+        told(&shim, &events)?;
+        equal(shim.end_exec(EXEC)?, UNKNOWN)?;
+        ended(&shim, UNKNOWN)
+    })
 }
 
 /// A signal is what it dies of.
 fn in_kill(world: &World) -> Result<()> {
-    leaves_nothing(world, || {
-        let fate = Fate::Die;
+    either(world, |fate| {
         let config = configured_with(world, When::Told, fate, &[])?;
         let script = format!(
             "trap '{}' TERM; sleep 1000 & while :; do wait; done",
@@ -113,8 +157,8 @@ fn in_kill(world: &World) -> Result<()> {
 
 /// What the container ended with stays, whatever becomes of the guest.
 fn before_delete(world: &World) -> Result<()> {
-    leaves_nothing(world, || {
-        let config = configured_with(world, When::Told, Fate::Die, &[])?;
+    either(world, |fate| {
+        let config = configured_with(world, When::Told, fate, &[])?;
         let script = format!("{LATER}; exit 3");
         let (shim, bundle) = shim(world, &config, &["sh", "-c", &script])?;
         let pid = shim.create(&bundle)?;

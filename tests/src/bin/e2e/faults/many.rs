@@ -47,7 +47,8 @@ impl Footprint {
     }
 }
 
-/// KiB of memory that a process has for itself, guest RAM left out: no other mapping is as large.
+/// KiB of memory that a process has for itself in pages of the usual size, guest RAM left out: no
+/// other mapping is as large.
 fn private(pid: u32) -> Result<u64> {
     const GUEST: u64 = 32 * KIB;
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
@@ -59,6 +60,11 @@ fn private(pid: u32) -> Result<u64> {
             && size < GUEST
         {
             sum += kib;
+        } else if let Some(kib) = kib(line, "AnonHugePages:")?
+            && size < GUEST
+        {
+            // The kernel's choice, at a moment of its own: what it holds may be as small as before.
+            sum -= kib;
         }
     }
     Ok(sum)

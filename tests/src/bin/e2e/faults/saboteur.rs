@@ -31,6 +31,12 @@ pub(super) enum When {
     Told,
     /// In the agent's stead.
     Boot,
+    /// While the agent makes the container.
+    Create,
+    /// While the agent starts its program.
+    Start,
+    /// While the agent makes a process in it, once a container has asked for it.
+    Exec,
 }
 
 impl Fate {
@@ -50,6 +56,10 @@ impl Fate {
 
 /// A command that a container runs to have what its guest's saboteur is for happen in three seconds.
 pub(super) const LATER: &str = "echo later > /proc/sys/kernel/core_pattern";
+
+/// A command that a container runs to have the next process in it be the one of [`When::Exec`].
+pub(super) const NEXT: &str = "f=/proc/sys/kernel/core_pattern; echo next > $f; \
+                               until [ \"$(cat $f)\" = armed ]; do sleep 0.1; done";
 
 /// Stays beside the agent, which it becomes. A container's writes to core_pattern are seen by all.
 /// The agent is ended by what is written over its code: breakpoints, or nothing and a loop at its
@@ -96,9 +106,13 @@ hang() {
 }
 
 own=$fate
+told() {
+    read -r fate < /proc/sys/kernel/core_pattern
+}
+
 wait_for() {
     while :; do
-        read -r fate < /proc/sys/kernel/core_pattern
+        told
         case "$fate" in
         panic|die|hang) return ;;
         later) fate=$own; $b sleep 3; return ;;
@@ -107,11 +121,41 @@ wait_for() {
     done
 }
 
+# The agent's helpers, and what they make until it runs its program.
+makers() {
+    $b pidof supermachine-container
+}
+
+# The agent waits for a helper that is held.
+hold_helper() {
+    until set -- $(makers) && [ $# -gt 0 ]; do :; done
+    $b kill -STOP "$@"
+}
+
+# A container's process, once its helper has gone, waits for the agent to have its program run.
+hold_program() {
+    until set -- $(makers) && [ $# = 1 ] &&
+        [ "$1" = "$($b cat /proc/1/root/sys/fs/cgroup/containers/*/cgroup.procs)" ]; do :; done
+    $b kill -STOP "$1"
+}
+
 case "$at $fate" in
 "boot panic") panic ;;
 "boot die") exit 1 ;;
+create*) { hold_helper; $own; } & ;;
+# The host is told that the container is there, and asks for its start.
+start*) { hold_program; $b sleep 3; $own; } & ;;
+exec*)
+    {
+        until told; [ "$fate" = next ]; do $b usleep 20000; done
+        while makers; do :; done
+        echo armed > /proc/sys/kernel/core_pattern
+        hold_helper
+        $own
+    } &
+    ;;
+*) { wait_for; $fate; } & ;;
 esac
-{ wait_for; $fate; } &
 exec /init
 "#;
 
@@ -136,6 +180,9 @@ pub(super) fn configured_with(
     let at = match when {
         When::Told => "told",
         When::Boot => "boot",
+        When::Create => "create",
+        When::Start => "start",
+        When::Exec => "exec",
     };
     // Words that the kernel doesn't know become the environment of its first process.
     let words = format!("\"rdinit=/saboteur at={at} fate={}\"", fate.name());
