@@ -5,6 +5,7 @@
 //! in them with a process object of their own.
 
 mod compare;
+mod hooks;
 mod refusals;
 mod table;
 
@@ -28,6 +29,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![
         world.vm_test("spec::everything_set", everything_set),
         world.vm_test("spec::as_little_as_possible", as_little_as_possible),
+        world.vm_test("spec::hooks", hooks::told),
         world.vm_test("spec::texts_of_refusals", refusals::texts),
     ]
 }
