@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::VmConfig;
+use crate::devices::virtio::block::FillError;
 use crate::devices::virtio::{balloon, console};
 use crate::error::{Error, PauseError, SaveError};
 use crate::exit::Exit;
@@ -113,6 +114,17 @@ impl RunningVm {
     /// Lets the vCPUs of a paused VM go on, and tells the guest's watchdogs.
     pub fn resume(&self) {
         self.running.resume();
+    }
+
+    /// Gives a disk that has been empty, one of no sectors, what it has from now on: a raw image or
+    /// a block device; several, if the guest may not write, follow each other. The guest is told of
+    /// the capacity and sees the disk. Disks count from 0, in the order of the configuration.
+    ///
+    /// # Errors
+    /// There is no such disk, it isn't empty, or the files are no disk's or have nothing in them;
+    /// the VM has ended. Otherwise it goes on without.
+    pub fn fill_disk(&self, disk: usize, files: Vec<File>) -> Result<(), FillError> {
+        self.running.fill_disk(disk, files)
     }
 
     /// Writes a paused VM to `dir`, under the name that [`SnapshotTarget::path_in`] tells, in place

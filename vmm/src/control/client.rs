@@ -235,6 +235,23 @@ impl VmHandle {
         self.ask("resume", Body::Resume)
     }
 
+    /// Gives a disk that has been empty what it has from now on; the guest is told. See
+    /// [`RunningVm::fill_disk`](crate::RunningVm::fill_disk). The files are open for what the disk's
+    /// `read_only` says.
+    ///
+    /// # Errors
+    /// Of [`ErrorKind::Invalid`](super::ErrorKind::Invalid): no such disk, or files that are none.
+    /// Of [`ErrorKind::State`](super::ErrorKind::State): a disk that has something.
+    pub fn fill_disk(&self, disk: usize, contents: &[File]) -> Result<(), ControlError> {
+        let mut files = Files::default();
+        let body = Body::FillDisk {
+            disk,
+            files: contents.iter().map(|file| files.add(file)).collect(),
+        };
+        self.shared
+            .done("fill disk", body, &files.0, REQUEST_TIMEOUT)
+    }
+
     /// Asks the guest for `bytes` of its memory.
     pub fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
         self.ask("set balloon", Body::SetBalloon { bytes })

@@ -15,6 +15,7 @@ use super::message::{
 use super::outbox::Outbox;
 use super::server::News;
 use super::{CONTROL, describe};
+use crate::devices::virtio::block::FillError;
 use crate::devices::virtio::console::{
     self, ConsoleConfig, ConsoleError, PortConfig, PortEnds, PortEvent,
 };
@@ -96,11 +97,16 @@ impl Guest {
             Body::Snapshot { file, base } => {
                 let vm = self.vm()?.clone();
                 let file = File::from(files.take(file)?);
-                let base = base
-                    .into_iter()
-                    .map(|file| Ok(File::from(files.take(file)?)))
-                    .collect::<Result<Vec<_>>>()?;
+                let base = files.take_all(base)?;
                 return Ok(Done::Later(Box::new(move || snapshot(&vm, &file, base))));
+            }
+            Body::FillDisk { disk, files: all } => {
+                let vm = self.vm()?.clone();
+                let files = files.take_all(all)?;
+                return Ok(Done::Later(Box::new(move || {
+                    vm.fill_disk(disk, files).map_err(refused_fill)?;
+                    Ok(Answer::Done)
+                })));
             }
             Body::Stop => match &self.vm {
                 // The thread that waits for its end tells of it.
@@ -211,13 +217,8 @@ impl Guest {
                 Ok((port.port, ends))
             })
             .collect::<Result<_>>()?;
-        let snapshot = restore
-            .snapshot
-            .into_iter()
-            .map(|file| Ok(File::from(files.take(file)?)))
-            .collect::<Result<_>>()?;
         Ok(RestoreConfig {
-            snapshot,
+            snapshot: files.take_all(restore.snapshot)?,
             verify_memory: restore.verify_memory,
             serial: files.take_if(restore.serial)?,
             disks: files.disks(restore.disks)?,
@@ -344,13 +345,17 @@ impl Files {
         place.map(|place| self.take(place)).transpose()
     }
 
+    fn take_all(&mut self, places: Vec<FileIndex>) -> Result<Vec<File>> {
+        let places = places.into_iter();
+        places
+            .map(|place| Ok(File::from(self.take(place)?)))
+            .collect()
+    }
+
     fn disks(&mut self, disks: Vec<Disk>) -> Result<Vec<DiskConfig>> {
         let config = |disk: Disk| {
-            let files = disk.files.into_iter();
             Ok(DiskConfig {
-                files: files
-                    .map(|file| Ok(File::from(self.take(file)?)))
-                    .collect::<Result<_>>()?,
+                files: self.take_all(disk.files)?,
                 read_only: disk.read_only,
                 serial: disk.serial,
             })
@@ -402,6 +407,17 @@ fn refused_port(error: ConsoleError) -> ErrorMessage {
         ConsoleError::Ports { .. } | ConsoleError::NoPort { .. } => ErrorKind::Invalid,
         ConsoleError::Busy { .. } | ConsoleError::Unanswered { .. } => ErrorKind::State,
         ConsoleError::Doorbell(_) => ErrorKind::Resource,
+    };
+    refuse(kind, describe(&error))
+}
+
+fn refused_fill(error: FillError) -> ErrorMessage {
+    let kind = match error {
+        FillError::NoDisk { .. } | FillError::Nothing { .. } | FillError::Files { .. } => {
+            ErrorKind::Invalid
+        }
+        FillError::NotEmpty { .. } | FillError::Ended => ErrorKind::State,
+        FillError::Quiesce(_) => ErrorKind::Internal,
     };
     refuse(kind, describe(&error))
 }

@@ -54,6 +54,11 @@ pub(super) enum Body {
         milliseconds: u64,
     },
     BalloonStats,
+    /// Of a disk that is empty.
+    FillDisk {
+        disk: usize,
+        files: Vec<FileIndex>,
+    },
     Pause,
     Resume,
     /// Of a VM that is paused; answered when it is written.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::assembly::notify_address;
 use super::board::{Port, PortState};
@@ -11,7 +11,9 @@ use crate::arch::current::{MIN_MEMORY, layout};
 use crate::config::{DiskConfig, VmConfig};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
-use crate::devices::virtio::block::{Backend, Block, BlockConfig, Concat, DISK, FileBackend};
+use crate::devices::virtio::block::{
+    Backend, Block, BlockConfig, Concat, DISK, FileBackend, FillError,
+};
 use crate::devices::virtio::console::{self, Console, ConsoleConfig};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport, TransportState};
@@ -67,8 +69,8 @@ impl DeviceSet {
         if config.rng {
             self.add_rng();
         }
-        for (index, disk) in config.disks.drain(..).enumerate() {
-            self.add_disk(index, disk, &mut config.rings)?;
+        for disk in config.disks.drain(..) {
+            self.add_disk(disk, &mut handles, &mut config.rings)?;
         }
         Ok(handles)
     }
@@ -112,11 +114,15 @@ impl DeviceSet {
 
     pub(super) fn add_disk(
         &mut self,
-        index: usize,
         disk: DiskConfig,
+        handles: &mut Handles,
         rings: &mut Rings,
     ) -> Result<(), Error> {
-        let id = format!("block{index}");
+        let id = disk_id(handles.disks.len());
+        handles.disks.push(DiskSlot {
+            slot: self.devices.len(),
+            read_only: disk.read_only,
+        });
         let backend = backend(disk.files, disk.read_only).map_err(refused(&id))?;
         let block = BlockConfig {
             id: id.clone(),
@@ -182,6 +188,7 @@ impl DeviceSet {
         Ok(Devices {
             transports,
             port,
+            still: Mutex::default(),
             _reactors: (self.shared, self.own),
         })
     }
@@ -192,6 +199,37 @@ impl DeviceSet {
 pub(super) struct Handles {
     pub(super) console: Option<console::Handle>,
     pub(super) balloon: Option<balloon::Handle>,
+    /// In the order the guest has them.
+    pub(super) disks: Vec<DiskSlot>,
+}
+
+/// Where a disk is among the devices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DiskSlot {
+    slot: usize,
+    read_only: bool,
+}
+
+impl Handles {
+    /// Opens `files` as what disk `index` is to have.
+    pub(super) fn contents(
+        &self,
+        index: usize,
+        files: Vec<File>,
+    ) -> Result<(DiskSlot, Box<dyn Backend>), FillError> {
+        let device = disk_id(index);
+        let Some(disk) = self.disks.get(index) else {
+            return Err(FillError::NoDisk { device });
+        };
+        let contents =
+            backend(files, disk.read_only).map_err(|source| FillError::Files { device, source })?;
+        Ok((*disk, contents))
+    }
+}
+
+/// The name of a disk in logs, metrics and errors.
+fn disk_id(index: usize) -> String {
+    format!("block{index}")
 }
 
 /// What a balloon leaves in any case: an eighth of the guest's memory, and what a kernel needs.
@@ -234,6 +272,8 @@ fn reactor(name: &str, filter: &'static Filter) -> Result<Reactor, Error> {
 pub(super) struct Devices {
     transports: Vec<Arc<MmioTransport>>,
     port: Option<Arc<Port>>,
+    /// Held by whoever holds devices still.
+    still: Mutex<()>,
     // After the transports: a device stops its worker on its reactor.
     _reactors: (Reactor, Vec<Reactor>),
 }
@@ -242,11 +282,23 @@ impl Devices {
     /// Holds all devices still. The vCPUs must be paused. When one does not come to rest, all go on.
     pub(super) fn quiesce(&self) -> Result<Quiesced<'_>, QuiesceError> {
         // Before the first: dropped, it resumes what was held.
-        let quiesced = Quiesced(self);
+        let quiesced = Quiesced(self, self.still());
         for transport in &self.transports {
             transport.quiesce()?;
         }
         Ok(quiesced)
+    }
+
+    /// Gives an empty disk what it has from now on.
+    pub(super) fn fill(&self, disk: DiskSlot, contents: Box<dyn Backend>) -> Result<(), FillError> {
+        let transport = &self.transports[disk.slot];
+        let _still = self.still();
+        transport.fill(contents)
+    }
+
+    /// Waits until no other holds devices still.
+    fn still(&self) -> MutexGuard<'_, ()> {
+        self.still.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes fresh devices what others were, slot by slot.
@@ -275,7 +327,7 @@ impl Devices {
 }
 
 /// Devices that are held still until this is dropped.
-pub(super) struct Quiesced<'a>(&'a Devices);
+pub(super) struct Quiesced<'a>(&'a Devices, #[expect(dead_code)] MutexGuard<'a, ()>);
 
 impl Quiesced<'_> {
     /// What they are, in the order of their slots.

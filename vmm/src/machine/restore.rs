@@ -170,7 +170,7 @@ fn add_devices(
     if slots != given {
         return Err(mismatch(format!("{slots} disks"), given.to_string()));
     }
-    let mut disks = std::mem::take(&mut config.disks).into_iter().enumerate();
+    let mut disks = std::mem::take(&mut config.disks).into_iter();
     let mut handles = Handles::default();
     for state in states {
         match &state.device {
@@ -186,8 +186,8 @@ fn add_devices(
             }
             DeviceState::Rng => set.add_rng(),
             DeviceState::Block(_) => {
-                if let Some((index, disk)) = disks.next() {
-                    set.add_disk(index, disk, &mut config.rings)?;
+                if let Some(disk) = disks.next() {
+                    set.add_disk(disk, &mut handles, &mut config.rings)?;
                 }
             }
             DeviceState::Console(_) | DeviceState::Balloon(_) => {

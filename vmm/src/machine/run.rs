@@ -1,5 +1,6 @@
 //! The vCPU threads of a VM, from start to end.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::devices::{Devices, Handles};
+use crate::devices::virtio::block::FillError;
 use crate::error::{Error, PauseError, SaveError};
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, Kicker, Vcpu, VcpuSeed};
@@ -401,6 +403,17 @@ impl Running {
         }
         state.saving = true;
         Ok(Held(&self.shared))
+    }
+
+    /// Gives an empty disk what it has from now on, whether or not the VM is paused.
+    pub(super) fn fill_disk(&self, disk: usize, files: Vec<File>) -> Result<(), FillError> {
+        let (slot, contents) = self.handles.contents(disk, files)?;
+        self.shared.devices.fill(slot, contents)?;
+        match self.shared.lock().exit {
+            // Its devices may have stopped before.
+            Some(_) => Err(FillError::Ended),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn stop(&self) {

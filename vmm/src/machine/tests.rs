@@ -4,6 +4,7 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
+mod fill;
 mod snapshot;
 
 use std::arch::global_asm;

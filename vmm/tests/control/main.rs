@@ -14,6 +14,8 @@ mod denied;
 #[cfg(target_os = "linux")]
 mod ends;
 #[cfg(target_os = "linux")]
+mod fill;
+#[cfg(target_os = "linux")]
 mod hostile;
 #[cfg(target_os = "linux")]
 mod snapshot;
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         ends::tests(),
         bare_metal::tests(),
         snapshot::tests(),
+        fill::tests(),
     ]
     .into_iter()
     .flatten()

@@ -136,7 +136,7 @@ fn once() -> Outcome {
     refused_as(again, ErrorKind::State, "has been booted already")
 }
 
-fn refused_as(result: Result<(), ControlError>, kind: ErrorKind, part: &str) -> Outcome {
+pub(crate) fn refused_as(result: Result<(), ControlError>, kind: ErrorKind, part: &str) -> Outcome {
     match result {
         Err(ControlError::Refused(error)) => {
             check_eq(error.kind, kind)?;

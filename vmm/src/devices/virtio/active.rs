@@ -65,6 +65,14 @@ impl<W: reactor::Worker> Active<W> {
         }
     }
 
+    /// The same, to be changed.
+    pub(super) fn still_mut(&mut self) -> Option<&mut W> {
+        match &mut self.worker {
+            State::Still(worker) => Some(worker),
+            State::Running(_) | State::Lost => None,
+        }
+    }
+
     /// The worker, for good, with something to be done last if it is at work.
     pub(super) fn stop_with(
         self,

@@ -125,6 +125,16 @@ pub trait VirtioDevice: Send {
     fn config_changed(&self) -> bool {
         false
     }
+
+    /// Gives a disk of no sectors, held still or inactive, what it has from now on.
+    ///
+    /// # Errors
+    /// A device that is no disk, a disk that has something already, or contents that are nothing.
+    fn fill(&mut self, contents: Box<dyn block::Backend>) -> Result<(), block::FillError> {
+        drop(contents);
+        let device = self.id().to_owned();
+        Err(block::FillError::NoDisk { device })
+    }
 }
 
 /// All a device needs while it is active.

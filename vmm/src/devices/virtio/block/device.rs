@@ -6,7 +6,7 @@ use super::requests::Requests;
 use super::state::BlockState;
 use super::wire::{Disk, ID_LEN, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use super::worker::Worker;
-use super::{BlockConfig, BlockError, Metrics};
+use super::{Backend, BlockConfig, BlockError, FillError, Metrics};
 use crate::devices::virtio::active::Active;
 use crate::devices::virtio::{
     ActivateError, Activation, DeviceState, QuiesceError, Saved, StateError, VirtioDevice,
@@ -230,6 +230,30 @@ impl VirtioDevice for Block {
     fn config_changed(&self) -> bool {
         self.resized
     }
+
+    fn fill(&mut self, contents: Box<dyn Backend>) -> Result<(), FillError> {
+        let device = self.id.clone();
+        let sectors = contents.size() / SECTOR;
+        if self.disk.sectors != 0 {
+            let sectors = self.disk.sectors;
+            return Err(FillError::NotEmpty { device, sectors });
+        }
+        if sectors == 0 {
+            return Err(FillError::Nothing { device });
+        }
+        let requests = match &mut self.state {
+            State::Inactive(parts) => Some(&mut parts.0),
+            State::Active(active) => active.still_mut().map(Worker::requests_mut),
+            State::Lost => None,
+        };
+        // It has no ring: there was nothing to make one for.
+        let requests = requests.ok_or(QuiesceError { device })?;
+        self.disk.sectors = sectors;
+        requests.disk = self.disk;
+        requests.backend = contents;
+        self.metrics.fills.add(1);
+        Ok(())
+    }
 }
 
 /// The kernel's way to do several requests at once, if the backend and the host have one.
@@ -240,7 +264,8 @@ fn ring(config: &BlockConfig, rings: &mut Rings) -> Option<Ring> {
         .iter()
         .map(|part| &part.file)
         .collect();
-    if files.is_empty() {
+    // An empty disk leaves its ring to another: what it is filled with, a ring made now knows not.
+    if files.is_empty() || config.backend.size() < SECTOR {
         return None;
     }
     match rings.take(&files) {

@@ -17,6 +17,8 @@ pub struct Metrics {
     pub flushes: Counter,
     /// Bytes discarded or zeroed.
     pub cleared_bytes: Counter,
+    /// Times the disk was empty and was filled.
+    pub fills: Counter,
     /// Requests answered with an I/O error.
     pub io_errors: Counter,
     /// Requests answered as unsupported.

@@ -22,6 +22,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
+use crate::devices::virtio::QuiesceError;
 use crate::jail::{Filter, Rule, allow, calls};
 use crate::sys::{reactor, threads};
 
@@ -112,4 +113,43 @@ pub enum BlockError {
         /// The serial number.
         serial: String,
     },
+}
+
+/// Why an empty disk was not filled.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// There is no such disk.
+    #[error("{device} is no disk of the VM")]
+    NoDisk {
+        /// The device's id.
+        device: String,
+    },
+    /// It has something, which its driver may be at work with.
+    #[error("Disk {device} is not empty: it has {sectors} sectors")]
+    NotEmpty {
+        /// The disk's id.
+        device: String,
+        /// Sectors of 512 bytes that it has.
+        sectors: u64,
+    },
+    /// Nothing would be there still.
+    #[error("Disk {device} can't be filled with less than a sector of 512 bytes")]
+    Nothing {
+        /// The disk's id.
+        device: String,
+    },
+    /// The files can't be a disk's.
+    #[error("Disk {device} can't be filled with these files")]
+    Files {
+        /// The disk's id.
+        device: String,
+        /// What is wrong with them.
+        source: io::Error,
+    },
+    /// The disk's thread is gone.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// There is nobody left to use it.
+    #[error("The VM has ended")]
+    Ended,
 }

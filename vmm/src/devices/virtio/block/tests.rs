@@ -1,3 +1,4 @@
+mod fill;
 mod ring;
 
 use std::fs::File;

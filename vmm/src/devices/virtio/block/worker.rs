@@ -55,6 +55,11 @@ impl Worker {
         self.queue.position(0)
     }
 
+    /// What the disk has, to be changed while the worker is held still.
+    pub(super) fn requests_mut(&mut self) -> &mut Requests {
+        &mut self.requests
+    }
+
     /// What the next worker needs again.
     pub(super) fn into_parts(self) -> (Requests, Option<Ring>) {
         (self.requests, self.flights.map(|flights| flights.ring))

@@ -8,6 +8,7 @@ use super::registers::QueueRegisters;
 use super::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, MmioTransport, NEEDS_RESET, Report, State,
 };
+use crate::devices::virtio::block::{Backend, FillError};
 use crate::devices::virtio::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 use crate::devices::virtio::{DeviceState, Position, QuiesceError, StateError};
 
@@ -74,7 +75,10 @@ impl MmioTransport {
 
     /// Lets the device go on.
     pub fn resume(&self) {
-        let mut state = self.state();
+        self.go_on(&mut self.state());
+    }
+
+    fn go_on(&self, state: &mut State) {
         // It waits for a reset, and would only meet the same fault once more.
         if self.status() & NEEDS_RESET != 0 {
             return;
@@ -82,6 +86,27 @@ impl MmioTransport {
         if let Err(error) = state.device.resume() {
             state.faults.needs_reset(&Report(&error));
         }
+    }
+
+    /// Gives a disk of no sectors what it has from now on, whether or not its driver is at work, and
+    /// tells a driver of the capacity (virtio 1.2, 5.2.5). The device must not be held still by
+    /// somebody else.
+    ///
+    /// # Errors
+    /// As [`VirtioDevice::fill`](super::VirtioDevice::fill).
+    pub fn fill(&self, contents: Box<dyn Backend>) -> Result<(), FillError> {
+        let mut state = self.state();
+        state.device.quiesce()?;
+        let filled = state.device.fill(contents);
+        self.go_on(&mut state);
+        filled?;
+        // Also one that isn't up yet: it may have read the capacity before. Told before the device
+        // is let go of, so that whoever reads half of the old one and half of the new finds another
+        // generation (2.5).
+        if self.status() & DRIVER != 0 {
+            self.interrupt().config();
+        }
+        Ok(())
     }
 
     /// What driver and device are, while the vCPUs and the device are held still.

@@ -1,3 +1,4 @@
+mod fill;
 mod restore;
 
 use std::sync::Mutex;
@@ -7,7 +8,7 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::devices::virtio::{DeviceState, QuiesceError, Saved, StateError};
+use crate::devices::virtio::{DeviceState, QuiesceError, Saved, StateError, block};
 use crate::sys::reactor::Reactor;
 
 /// What happened to the device, in order.
@@ -16,6 +17,7 @@ enum Call {
     Activate { queues: Vec<u16>, features: u64 },
     Reset,
     Quiesce,
+    Fill,
     Resume,
     WriteConfig { offset: u64, len: usize },
 }
@@ -115,6 +117,15 @@ impl VirtioDevice for Probe {
 
     fn config_changed(&self) -> bool {
         true
+    }
+
+    fn fill(&mut self, contents: Box<dyn block::Backend>) -> Result<(), block::FillError> {
+        self.0.calls.lock().unwrap().push(Call::Fill);
+        let device = "probe0".to_owned();
+        match contents.size() {
+            0 => Err(block::FillError::Nothing { device }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -567,7 +578,7 @@ proptest! {
                     started = true;
                 }
                 Call::Reset => started = false,
-                Call::WriteConfig { .. } | Call::Quiesce | Call::Resume => {}
+                Call::WriteConfig { .. } | Call::Quiesce | Call::Fill | Call::Resume => {}
             }
         }
         fixture.write(STATUS, 0);
