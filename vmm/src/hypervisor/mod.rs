@@ -116,6 +116,15 @@ pub trait VmBackend: Send + Sync + 'static {
     /// The call the host refused.
     fn create_vcpu(&self, index: u32) -> Result<Self::Seed, HypervisorError>;
 
+    /// All vCPUs have been made: finishes what depends on how many there are. Lines and doorbells
+    /// come after it.
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn complete(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
     /// The interrupt line of a pin of the VM's interrupt controller. A pin may have several lines.
     ///
     /// # Errors

@@ -112,7 +112,7 @@ where
         Self::put_together(backend, memory, set, handles, serial, (count, begin))
     }
 
-    /// Gives a VM its memory, devices and vCPUs.
+    /// Gives a VM its memory, vCPUs and devices.
     pub(super) fn put_together(
         backend: B,
         memory: GuestMemory,
@@ -130,12 +130,14 @@ where
         if let Some(stage_two) = backend.stage_two() {
             memory.set_stage_two(stage_two);
         }
-        let mut buses = Buses::default();
-        let port = board::attach(&backend, &mut buses, serial)?;
-        let devices = set.attach(&backend, &mut buses.mmio, port)?;
         let vcpus = (0..count)
             .map(|index| Ok((backend.create_vcpu(index)?, begin(index)?)))
             .collect::<Result<_, Error>>()?;
+        // An interrupt controller may have to know its vCPUs before it has lines.
+        backend.complete()?;
+        let mut buses = Buses::default();
+        let port = board::attach(&backend, &mut buses, serial)?;
+        let devices = set.attach(&backend, &mut buses.mmio, port)?;
         Ok(Self {
             vcpus,
             buses: Arc::new(buses),

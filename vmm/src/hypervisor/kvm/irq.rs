@@ -1,11 +1,11 @@
-//! Interrupt lines into KVM's I/O APIC.
+//! Interrupt lines into KVM's interrupt controller.
 
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{HypervisorError, call};
+use super::{HypervisorError, arch, call};
 use crate::hypervisor::IrqLine;
 
 /// A wire to one pin.
@@ -31,7 +31,7 @@ impl KvmIrqLine {
 
 impl IrqLine for KvmIrqLine {
     fn set(&self, high: bool) {
-        if let Err(error) = self.vm.set_irq_line(self.pin, high) {
+        if let Err(error) = self.vm.set_irq_line(arch::line(self.pin), high) {
             tracing::error!(pin = self.pin, %error, "KVM_IRQ_LINE failed");
         }
     }

@@ -2,10 +2,11 @@
 
 #![allow(unsafe_code)]
 
-mod calls;
-mod irq;
 #[cfg(test)]
+#[macro_use]
 mod tests;
+
+mod irq;
 mod vcpu;
 mod x86_64;
 
@@ -20,30 +21,19 @@ use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Binding, Caps, Hypervisor, HypervisorError, VmBackend};
+use super::{Binding, Caps, Fault, Hypervisor, HypervisorError, VmBackend};
 use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
-use x86_64::Extent;
+use arch::{Extent, NEEDED, Platform};
+use x86_64 as arch;
 
-pub(crate) use calls::{SAVE_VCPU, SAVE_VM};
+pub(crate) use arch::{SAVE_VCPU, SAVE_VM};
+pub use arch::{VcpuState, VmState};
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};
-pub use x86_64::{VcpuState, VmState};
 
 /// Where KVM is.
 const DEVICE: &str = "/dev/kvm";
-
-/// What nothing here works without.
-const NEEDED: [(Cap, &str); 8] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-];
 
 /// The host's KVM.
 #[derive(Debug)]
@@ -71,11 +61,12 @@ impl Kvm {
             });
         }
         check_capabilities(|capability| fd.check_extension(capability))?;
-        let caps = Caps {
-            max_vcpus: u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX),
-            cpu: x86_64::cpu_caps(&fd)?,
-        };
         let extent = Arc::new(Extent::read(&fd)?);
+        let max_vcpus = u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX);
+        let caps = Caps {
+            max_vcpus: extent.max_vcpus().min(max_vcpus),
+            cpu: arch::cpu_caps(&fd, &extent)?,
+        };
         Ok(Self { fd, caps, extent })
     }
 }
@@ -93,10 +84,10 @@ impl Hypervisor for Kvm {
     }
 
     fn create_vm(&self) -> Result<KvmVm, HypervisorError> {
-        let fd = self.fd.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        x86_64::create_platform(&fd)?;
+        let (fd, platform) = arch::create_vm(&self.fd, &self.extent)?;
         Ok(KvmVm {
             fd: Arc::new(fd),
+            platform,
             extent: Arc::clone(&self.extent),
         })
     }
@@ -137,6 +128,7 @@ fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
 #[derive(Debug)]
 pub struct KvmVm {
     fd: Arc<VmFd>,
+    platform: Platform,
     extent: Arc<Extent>,
 }
 
@@ -179,7 +171,12 @@ impl VmBackend for KvmVm {
             .fd
             .create_vcpu(u64::from(index))
             .map_err(call("KVM_CREATE_VCPU"))?;
+        self.platform.init_vcpu(&self.fd, &fd, index)?;
         Ok(KvmSeed::new(fd, Arc::clone(&self.extent)))
+    }
+
+    fn complete(&self) -> Result<(), HypervisorError> {
+        self.platform.complete()
     }
 
     fn irq_line(&self, pin: u32) -> Result<KvmIrqLine, HypervisorError> {
@@ -187,11 +184,11 @@ impl VmBackend for KvmVm {
     }
 
     fn save(&self) -> Result<VmState, HypervisorError> {
-        x86_64::save_vm(&self.fd)
+        self.platform.save(&self.fd)
     }
 
     fn restore(&self, state: &VmState) -> Result<(), HypervisorError> {
-        x86_64::restore_vm(&self.fd, state)
+        self.platform.restore(&self.fd, state)
     }
 
     fn bind_doorbell(

@@ -8,7 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::x86_64::{self, VcpuState};
+use super::arch::{self, VcpuState};
 use crate::arch::VcpuSetup;
 use crate::hypervisor::{Fault, HypervisorError, KICK, Kicker, Vcpu, VcpuExit, VcpuSeed};
 
@@ -18,11 +18,11 @@ pub struct KvmSeed {
     // First, so that no kick can reach the run page once it goes.
     target: Registered,
     fd: VcpuFd,
-    extent: Arc<x86_64::Extent>,
+    extent: Arc<arch::Extent>,
 }
 
 impl KvmSeed {
-    pub(super) fn new(mut fd: VcpuFd, extent: Arc<x86_64::Extent>) -> Self {
+    pub(super) fn new(mut fd: VcpuFd, extent: Arc<arch::Extent>) -> Self {
         let run: *mut kvm_run = fd.get_kvm_run();
         let target = Target {
             run: Some(RunPage(run)),
@@ -78,7 +78,7 @@ pub struct KvmVcpu {
     // First, as in the seed.
     _target: Registered,
     fd: VcpuFd,
-    extent: Arc<x86_64::Extent>,
+    extent: Arc<arch::Extent>,
 }
 
 impl KvmVcpu {
@@ -101,23 +101,20 @@ impl Vcpu for KvmVcpu {
     type State = VcpuState;
 
     fn boot(&mut self, setup: &VcpuSetup) -> Result<(), HypervisorError> {
-        x86_64::boot(&self.fd, setup)
+        arch::boot(&self.fd, setup)
     }
 
     fn save(&mut self) -> Result<VcpuState, HypervisorError> {
         self.complete_exit()?;
-        x86_64::save_vcpu(&self.fd, &self.extent)
+        arch::save_vcpu(&self.fd, &self.extent)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError> {
-        x86_64::restore_vcpu(&self.fd, state, &self.extent)
+        arch::restore_vcpu(&self.fd, state, &self.extent)
     }
 
     fn resumed(&mut self) {
-        if let Err(error) = self.fd.kvmclock_ctrl() {
-            // EINVAL: the guest doesn't use the clock that carries the news.
-            tracing::debug!(%error, "a guest was not told that it had been paused");
-        }
+        arch::resumed(&self.fd);
     }
 
     fn run(&mut self) -> VcpuExit<'_> {
@@ -184,9 +181,7 @@ fn translate(exit: kvm_ioctls::VcpuExit<'_>, run: *const kvm_run) -> VcpuExit<'_
             })
         }
         Kvm::MemoryFault { gpa, size, .. } => VcpuExit::Fault(Fault::Memory { address: gpa, size }),
-        Kvm::Unsupported(number) => VcpuExit::Fault(Fault::Unexpected {
-            what: format!("number {number}"),
-        }),
+        Kvm::Unsupported(number) => VcpuExit::Fault(arch::other_exit(number, run)),
         other => VcpuExit::Fault(Fault::Unexpected {
             what: format!("{other:?}"),
         }),

@@ -1,22 +1,38 @@
 //! KVM on x86_64: platform devices, CPUID, the first state of a vCPU.
 
+mod calls;
 mod processor;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
     KVM_MAX_CPUID_ENTRIES, KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, Msrs, kvm_cpuid_entry2,
     kvm_enable_cap, kvm_fpu, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_irq_routing_irqchip, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use super::{HypervisorError, call};
+use super::{Fault, HypervisorError, call};
 use crate::arch::x86_64::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT, Leaf, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
 
-pub(super) use state::{Extent, restore_vcpu, restore_vm, save_vcpu, save_vm};
+pub(crate) use calls::{SAVE_VCPU, SAVE_VM};
+pub(super) use state::{Extent, restore_vcpu, save_vcpu};
 pub use state::{VcpuState, VmState};
+
+/// What nothing here works without.
+pub(super) const NEEDED: [(Cap, &str); 8] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
 
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
 const INDEXED: u32 = 1;
@@ -36,7 +52,7 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, everything write-back, as firmware leaves it.
 const MTRR_ENABLED_WRITE_BACK: u64 = (1 << 11) | 6;
 
-pub(super) fn cpu_caps(kvm: &Kvm) -> Result<CpuCaps, HypervisorError> {
+pub(super) fn cpu_caps(kvm: &Kvm, _: &Extent) -> Result<CpuCaps, HypervisorError> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
@@ -59,8 +75,57 @@ pub(super) fn cpu_caps(kvm: &Kvm) -> Result<CpuCaps, HypervisorError> {
     })
 }
 
+pub(super) fn create_vm(kvm: &Kvm, _: &Extent) -> Result<(VmFd, Platform), HypervisorError> {
+    let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+    create_platform(&fd)?;
+    Ok((fd, Platform))
+}
+
+/// What of a VM has no descriptor of its own here: its interrupt controllers and clocks.
+#[derive(Debug)]
+pub(super) struct Platform;
+
+#[allow(clippy::unused_self, reason = "other architectures' have something")]
+impl Platform {
+    pub(super) fn init_vcpu(&self, _: &VmFd, _: &VcpuFd, _: u32) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    pub(super) fn complete(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    pub(super) fn save(&self, vm: &VmFd) -> Result<VmState, HypervisorError> {
+        state::save_vm(vm)
+    }
+
+    pub(super) fn restore(&self, vm: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
+        state::restore_vm(vm, state)
+    }
+}
+
+/// How `KVM_IRQ_LINE` calls a pin.
+pub(super) fn line(pin: u32) -> u32 {
+    pin
+}
+
+/// Tells a guest that it was kept from running.
+pub(super) fn resumed(fd: &VcpuFd) {
+    if let Err(error) = fd.kvmclock_ctrl() {
+        // EINVAL: the guest doesn't use the clock that carries the news.
+        tracing::debug!(%error, "a guest was not told that it had been paused");
+    }
+}
+
+/// What an exit means that kvm-ioctls has no name for.
+pub(super) fn other_exit(number: u32, _: *const kvm_run) -> Fault {
+    Fault::Unexpected {
+        what: format!("number {number}"),
+    }
+}
+
 /// Interrupt controllers. No PIT: with kvm-clock and the TSC deadline timer nobody needs one.
-pub(super) fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
+fn create_platform(vm: &VmFd) -> Result<(), HypervisorError> {
     // The pages lie in the hole, out of everybody's way.
     let tss = usize::try_from(layout::TSS).unwrap_or(usize::MAX);
     vm.set_tss_address(tss).map_err(call("KVM_SET_TSS_ADDR"))?;

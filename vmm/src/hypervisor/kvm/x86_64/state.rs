@@ -83,6 +83,15 @@ impl Extent {
             xsave_words: bytes.saturating_sub(XSAVE).div_ceil(size_of::<u32>()),
         })
     }
+
+    /// vCPUs at most, beside what KVM says.
+    #[allow(
+        clippy::unused_self,
+        reason = "other architectures' depends on the host"
+    )]
+    pub(in super::super) fn max_vcpus(&self) -> u32 {
+        u32::MAX
+    }
 }
 
 /// A vCPU that stands still.
@@ -168,7 +177,7 @@ pub(in super::super) fn restore_vcpu(
         .map_err(call("KVM_SET_MP_STATE"))
 }
 
-pub(in super::super) fn save_vm(vm: &VmFd) -> Result<VmState, HypervisorError> {
+pub(super) fn save_vm(vm: &VmFd) -> Result<VmState, HypervisorError> {
     let mut chips = Vec::new();
     for id in [
         KVM_IRQCHIP_PIC_MASTER,
@@ -190,7 +199,7 @@ pub(in super::super) fn save_vm(vm: &VmFd) -> Result<VmState, HypervisorError> {
     Ok(VmState { clock, chips })
 }
 
-pub(in super::super) fn restore_vm(vm: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
+pub(super) fn restore_vm(vm: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
     for (id, bytes) in &state.chips {
         let bytes: &[u8; CHIP] = bytes
             .as_slice()
