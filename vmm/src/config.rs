@@ -18,15 +18,16 @@ use crate::sys::ring::Rings;
 pub struct VmConfig {
     /// vCPUs, 1 to 254 and what the hypervisor allows.
     pub vcpus: u32,
-    /// Guest RAM in bytes, a multiple of 4096.
+    /// Guest RAM in bytes, a multiple of 4096 on x86_64 and of 64 KiB on arm64.
     pub memory: u64,
-    /// An ELF vmlinux or a bzImage.
+    /// An ELF vmlinux or a bzImage on x86_64, an Image on arm64.
     pub kernel: File,
     /// An initramfs.
     pub initramfs: Option<File>,
     /// The kernel's command line.
     pub cmdline: String,
-    /// Where the kernel's log on COM1 goes; without it there is no COM1.
+    /// Where the kernel's log on the serial port goes; without it there is none. Linux calls the port
+    /// [`SERIAL`](Self::SERIAL).
     pub serial: Option<OwnedFd>,
     /// Block devices, `/dev/vda` first.
     pub disks: Vec<DiskConfig>,
@@ -57,6 +58,13 @@ pub struct DiskConfig {
 }
 
 impl VmConfig {
+    /// What Linux calls the serial port, as `console=` wants it: COM1 on x86_64, a PL011 on arm64.
+    pub const SERIAL: &str = if cfg!(target_arch = "aarch64") {
+        "ttyAMA0"
+    } else {
+        "ttyS0"
+    };
+
     /// One vCPU, 256 MiB and no devices.
     pub fn new(kernel: File) -> Self {
         Self {

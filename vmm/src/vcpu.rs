@@ -6,27 +6,18 @@ use serde::Serialize;
 
 use crate::devices::bus::Bus;
 use crate::exit::Exit;
-use crate::hypervisor::{HypervisorError, KICK, SAVE_VCPU, Vcpu, VcpuExit};
+use crate::hypervisor::{HypervisorError, KICK, RUN_VCPU, SAVE_VCPU, Vcpu, VcpuExit};
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 /// The thread of a vCPU: it runs the guest, rings doorbells, writes what the serial port says.
 pub(crate) const VCPU: Filter = Filter {
     name: "vcpu",
-    tables: &[threads::EVERY, RUNNING, SAVE_VCPU],
+    tables: &[threads::EVERY, RUNNING, RUN_VCPU, SAVE_VCPU],
 };
 
-/// `KVM_RUN` of linux/kvm.h.
-const KVM_RUN: u32 = 0xae80;
-/// `KVM_KVMCLOCK_CTRL`, after a pause.
-const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
-
-/// What it takes to run.
+/// What it takes to run, beside the hypervisor's calls.
 pub(crate) const RUNNING: &[Rule] = &[
-    allow_if(
-        calls::SYS_ioctl,
-        &[When::Is(1, KVM_RUN), When::Is(1, KVM_KVMCLOCK_CTRL)],
-    ),
     // To a serial log that is full.
     allow(calls::SYS_poll),
     allow(calls::SYS_ppoll),

@@ -8,7 +8,7 @@
 pub mod fake;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), test))]
 pub mod hvf;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[cfg(target_os = "linux")]
 pub mod kvm;
 
 use std::io;
@@ -23,19 +23,23 @@ use crate::sys::doorbell::Doorbell;
 /// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
 pub(crate) const KICK: i32 = 40;
 
-/// What the thread of a vCPU calls to save it, and what whoever saves the rest of a VM does.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub(crate) use kvm::{SAVE_VCPU, SAVE_VM};
+/// What the thread of a vCPU calls while the guest runs and to save it, and what whoever saves the
+/// rest of a VM does.
+#[cfg(target_os = "linux")]
+pub(crate) use kvm::{RUN_VCPU, SAVE_VCPU, SAVE_VM};
 
+/// What the thread of a vCPU calls while the guest runs.
+#[cfg(not(target_os = "linux"))]
+pub(crate) const RUN_VCPU: &[crate::jail::Rule] = &[];
 /// What the thread of a vCPU calls to save it.
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[cfg(not(target_os = "linux"))]
 pub(crate) const SAVE_VCPU: &[crate::jail::Rule] = &[];
 /// What is called to save the rest of a VM.
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[cfg(not(target_os = "linux"))]
 pub(crate) const SAVE_VM: &[crate::jail::Rule] = &[];
 
 /// The hypervisor of the target this crate is built for.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[cfg(target_os = "linux")]
 pub type Host = kvm::Kvm;
 /// The hypervisor of the target this crate is built for.
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]

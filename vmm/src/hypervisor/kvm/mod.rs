@@ -6,8 +6,11 @@
 #[macro_use]
 mod tests;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod irq;
 mod vcpu;
+#[cfg(target_arch = "x86_64")]
 mod x86_64;
 
 use std::ffi::CString;
@@ -24,10 +27,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Binding, Caps, Fault, Hypervisor, HypervisorError, VmBackend};
 use crate::arch::CpuCaps;
 use crate::sys::doorbell::Doorbell;
+#[cfg(target_arch = "aarch64")]
+use aarch64 as arch;
 use arch::{Extent, NEEDED, Platform};
+#[cfg(target_arch = "x86_64")]
 use x86_64 as arch;
 
-pub(crate) use arch::{SAVE_VCPU, SAVE_VM};
+pub(crate) use arch::{RUN_VCPU, SAVE_VCPU, SAVE_VM};
 pub use arch::{VcpuState, VmState};
 pub use irq::KvmIrqLine;
 pub use vcpu::{KvmKicker, KvmSeed, KvmVcpu};

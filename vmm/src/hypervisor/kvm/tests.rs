@@ -7,17 +7,20 @@ use super::*;
 /// Assembles a guest and makes a function that answers its bytes. Its
 /// start may hold anything that has to be aligned to 2 KiB.
 macro_rules! guest {
-    ($name:ident, $($line:literal),+ $(,)?) => {
+    ($vis:vis $name:ident, $($line:literal),+ $(,)?) => {
         std::arch::global_asm!(
             ".pushsection .rodata.guests",
             ".balign 2048",
+            // Another object file may be the one that refers to it.
+            concat!(".globl vmm_guest_", stringify!($name)),
+            concat!(".globl vmm_guest_", stringify!($name), "_end"),
             concat!("vmm_guest_", stringify!($name), ":"),
             $($line,)+
             concat!("vmm_guest_", stringify!($name), "_end:"),
             ".popsection",
         );
 
-        fn $name() -> &'static [u8] {
+        $vis fn $name() -> &'static [u8] {
             unsafe extern "C" {
                 #[link_name = concat!("vmm_guest_", stringify!($name))]
                 static START: u8;
@@ -30,6 +33,8 @@ macro_rules! guest {
         }
     };
 }
+
+mod guests;
 
 #[test]
 fn a_host_without_kvm_says_so() {

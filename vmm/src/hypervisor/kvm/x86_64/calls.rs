@@ -2,6 +2,13 @@
 
 use crate::jail::{Rule, When, allow_if};
 
+/// What the thread of a vCPU calls while the guest runs.
+pub(crate) const RUN_VCPU: &[Rule] = &[allow_if(
+    libc::SYS_ioctl,
+    // KVM_RUN; KVM_KVMCLOCK_CTRL, after a pause.
+    &[When::Is(1, 0xae80), When::Is(1, 0xaead)],
+)];
+
 /// All that saving a vCPU takes, on its own thread.
 pub(crate) const SAVE_VCPU: &[Rule] = &[allow_if(
     libc::SYS_ioctl,

@@ -4,7 +4,7 @@ mod calls;
 mod processor;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
@@ -18,7 +18,7 @@ use super::{Fault, HypervisorError, call};
 use crate::arch::x86_64::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT, Leaf, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
 
-pub(crate) use calls::{SAVE_VCPU, SAVE_VM};
+pub(crate) use calls::{RUN_VCPU, SAVE_VCPU, SAVE_VM};
 pub(super) use state::{Extent, restore_vcpu, save_vcpu};
 pub use state::{VcpuState, VmState};
 

@@ -1,21 +1,19 @@
 //! Guests of a few instructions on the host's KVM. They run at [`CODE`] in 64-bit mode, with the
 //! first GiB mapped.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::*;
 use crate::arch::current::{self, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
-use crate::hypervisor::{IrqLine, Kicker, Vcpu, VcpuExit, VcpuSeed};
+use crate::hypervisor::{IrqLine, Vcpu, VcpuExit, VcpuSeed};
 use crate::memory::GuestMemory;
 
 mod state;
 
 const CODE: u64 = 0x10_0000;
+/// Where nothing is mapped, and guests take for a device.
+pub(in super::super) const DEVICE: u64 = 0xd000_0000;
 /// Page directory for the fourth GiB, where devices are; made by [`map_devices`].
 const DEVICE_DIRECTORY: u64 = 0x8_0000;
 
@@ -47,14 +45,14 @@ guest!(
 );
 
 guest!(
-    doorbells,
+    pub(in super::super) doorbells,
     "mov ebx, 0xd0000050",
     "mov dword ptr [rbx], 1",
     "mov dword ptr [rbx], 2",
     "ud2",
 );
 
-guest!(spin, "2: jmp 2b");
+guest!(pub(in super::super) spin, "2: jmp 2b");
 
 // Enables the local APIC, routes I/O APIC pin 5 to vector 0x40, counts two interrupts.
 guest!(
@@ -92,16 +90,16 @@ guest!(
     "iretq",
 );
 
-struct Fixture {
+pub(in super::super) struct Fixture {
     // Before the memory it maps.
-    vm: KvmVm,
+    pub(in super::super) vm: KvmVm,
     memory: GuestMemory,
     caps: Caps<CpuCaps>,
 }
 
 impl Fixture {
     /// None, and a word why, on a host without KVM.
-    fn new(code: &[u8]) -> Option<Self> {
+    pub(in super::super) fn new(code: &[u8]) -> Option<Self> {
         let kvm = match Kvm::open() {
             Ok(kvm) => kvm,
             Err(error) => {
@@ -125,13 +123,19 @@ impl Fixture {
         })
     }
 
-    fn vcpu(&self) -> KvmVcpu {
-        let mut vcpu = self.vm.create_vcpu(0).unwrap().bind().unwrap();
+    pub(in super::super) fn seed(&self) -> KvmSeed {
+        let seed = self.vm.create_vcpu(0).unwrap();
+        self.vm.complete().unwrap();
+        seed
+    }
+
+    pub(in super::super) fn vcpu(&self) -> KvmVcpu {
+        let mut vcpu = self.seed().bind().unwrap();
         vcpu.boot(&self.setup()).unwrap();
         vcpu
     }
 
-    fn setup(&self) -> VcpuSetup {
+    pub(in super::super) fn setup(&self) -> VcpuSetup {
         let entry = current::Entry {
             rip: CODE,
             rsi: 0,
@@ -244,28 +248,6 @@ fn device_memory_is_read_and_written_with_its_width() {
 }
 
 #[test]
-fn a_bound_doorbell_rings_without_an_exit_and_only_for_its_value() {
-    let Some(fixture) = Fixture::new(doorbells()) else {
-        return;
-    };
-    let (bound, other) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
-    for (value, bell) in [(1, &bound), (3, &other)] {
-        let binding = fixture.vm.bind_doorbell(0xd000_0050, value, bell).unwrap();
-        assert_eq!(binding, Binding::Bound);
-    }
-    let mut vcpu = fixture.vcpu();
-    match vcpu.run() {
-        VcpuExit::MmioWrite {
-            address: 0xd000_0050,
-            data: [2, 0, 0, 0],
-        } => {}
-        other => panic!("{other:?}"),
-    }
-    assert!(bound.clear().unwrap());
-    assert!(!other.clear().unwrap());
-}
-
-#[test]
 fn lines_of_one_pin_each_interrupt_the_guest() {
     let Some(fixture) = Fixture::new(interrupts()) else {
         return;
@@ -287,54 +269,4 @@ fn lines_of_one_pin_each_interrupt_the_guest() {
     lines[0].set(true);
     lines[0].set(false);
     expect(0x501);
-}
-
-#[test]
-fn a_kick_ends_a_guest_that_never_exits() {
-    let Some(fixture) = Fixture::new(spin()) else {
-        return;
-    };
-    let seed = fixture.vm.create_vcpu(0).unwrap();
-    let (kicker, setup) = (seed.kicker(), fixture.setup());
-    let out = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut vcpu = seed.bind().unwrap();
-            vcpu.boot(&setup).unwrap();
-            assert!(matches!(vcpu.run(), VcpuExit::Kicked));
-            out.store(true, Ordering::SeqCst);
-        });
-        // Before, during and after the run.
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !out.load(Ordering::SeqCst) {
-            kicker.kick();
-            assert!(Instant::now() < deadline, "the vCPU did not come out");
-            thread::yield_now();
-        }
-    });
-    // The vCPU is gone: nothing to kick, nothing to fear.
-    kicker.kick();
-}
-
-#[test]
-fn a_kick_before_the_run_is_not_lost_and_counts_once() {
-    let Some(fixture) = Fixture::new(ports()) else {
-        return;
-    };
-    let seed = fixture.vm.create_vcpu(0).unwrap();
-    let kicker = seed.kicker();
-    kicker.kick();
-    let mut vcpu = seed.bind().unwrap();
-    vcpu.boot(&fixture.setup()).unwrap();
-    assert!(matches!(vcpu.run(), VcpuExit::Kicked));
-    assert!(matches!(vcpu.run(), VcpuExit::PioWrite { .. }));
-}
-
-#[test]
-fn a_seed_that_is_never_bound_disarms_its_kicker() {
-    let Some(fixture) = Fixture::new(spin()) else {
-        return;
-    };
-    let kicker = fixture.vm.create_vcpu(0).unwrap().kicker();
-    kicker.kick();
 }
