@@ -8,35 +8,12 @@ use libtest_mimic::{Completion, Failed, Trial};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use supermachine_vmm::control::{BootSpec, ConsoleSpec, ControlError, ErrorKind, Exit};
 
+use crate::guests::{CHATTER, CRASHES, HALT, SAY_HI, SPIN, image};
 use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, exists, kill_9, test};
-
-/// Writes "hi" to the first serial port, then meets an undefined instruction with no handler.
-const SAY_HI: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'h', 0xee, // mov al, 'h'; out dx, al
-    0xb0, b'i', 0xee, // mov al, 'i'; out dx, al
-    0x0f, 0x0b, // ud2
-];
-
-/// Writes a line's end, so that the line arrives, then waits for interrupts that never come.
-const HALT: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al
-    0xfa, // cli
-    0xf4, // hlt
-    0xeb, 0xfd, // jmp to the hlt
-];
-
-/// Writes a line's end, then never leaves the guest.
-const SPIN: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'\n', 0xee, // mov al, '\n'; out dx, al
-    0xeb, 0xfe, // jmp to itself
-];
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        kvm_test("bare_metal::output_then_triple_fault", output),
+        kvm_test("bare_metal::output_then_end", output),
         kvm_test("bare_metal::stopped_when_halted", || stopped(HALT)),
         kvm_test("bare_metal::stopped_when_spinning", || stopped(SPIN)),
         kvm_test("bare_metal::killed_when_spinning", killed),
@@ -82,7 +59,7 @@ pub(crate) fn no_kernel() -> Result<BootSpec, Failed> {
 pub(crate) fn guest(code: &[u8]) -> Result<(BootSpec, std::io::PipeReader), Failed> {
     let (reader, writer) = std::io::pipe()?;
     let mut kernel = tempfile::tempfile()?;
-    kernel.write_all(&elf(code))?;
+    kernel.write_all(&image(code))?;
     kernel.rewind()?;
     let spec = BootSpec {
         kernel,
@@ -90,32 +67,6 @@ pub(crate) fn guest(code: &[u8]) -> Result<(BootSpec, std::io::PipeReader), Fail
         ..no_kernel()?
     };
     Ok((spec, reader))
-}
-
-/// An ELF file of one segment, loaded and entered at 16 MiB.
-fn elf(code: &[u8]) -> Vec<u8> {
-    const ENTRY: u64 = 16 << 20;
-    const HEADERS: u64 = 64 + 56;
-    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
-    file.resize(16, 0);
-    file.extend(2u16.to_le_bytes()); // ET_EXEC
-    file.extend(62u16.to_le_bytes()); // EM_X86_64
-    file.extend(1u32.to_le_bytes());
-    for word in [ENTRY, 64, 0] {
-        file.extend(word.to_le_bytes()); // entry, program headers, section headers
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 0, 0, 0] {
-        file.extend(half.to_le_bytes()); // sizes and counts of headers
-    }
-    file.extend(1u32.to_le_bytes()); // PT_LOAD
-    file.extend(7u32.to_le_bytes());
-    let size = code.len() as u64;
-    for word in [HEADERS, ENTRY, ENTRY, size, size, 4096] {
-        file.extend(word.to_le_bytes()); // offset, addresses, sizes, alignment
-    }
-    file.extend(code);
-    file
 }
 
 /// Boots `code` and waits for its first byte.
@@ -138,7 +89,12 @@ fn output() -> Outcome {
     let mut text = String::new();
     serial.read_to_string(&mut text)?;
     check_eq(text.as_str(), "hi")?;
-    check_eq(vm.end()?, Exit::TripleFault)?;
+    let end = if CRASHES {
+        Exit::TripleFault
+    } else {
+        Exit::PowerOff
+    };
+    check_eq(vm.end()?, end)?;
     check(!exists(vm.handle.pid()), "the process is still there")
 }
 
@@ -153,14 +109,6 @@ fn killed() -> Outcome {
     kill_9(vm.handle.pid())?;
     check_eq(vm.end()?, Exit::Killed { signal: 9 })
 }
-
-/// Lines without end.
-const CHATTER: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, b'\n', // mov al, '\n'
-    0xee,  // out dx, al
-    0xeb, 0xfd, // jmp to the out
-];
 
 fn paused() -> Outcome {
     let vm = Vm::spawn("paused")?;

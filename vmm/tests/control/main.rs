@@ -16,6 +16,10 @@ mod ends;
 #[cfg(target_os = "linux")]
 mod fill;
 #[cfg(target_os = "linux")]
+#[allow(dead_code, reason = "some are for other tests")]
+#[path = "../guests/mod.rs"]
+mod guests;
+#[cfg(target_os = "linux")]
 mod hostile;
 #[cfg(target_os = "linux")]
 mod snapshot;

@@ -9,17 +9,8 @@ use libtest_mimic::{Failed, Trial};
 use supermachine_vmm::control::{ControlError, ErrorKind, Exit, RestoreSpec};
 
 use crate::bare_metal::{guest, kvm_test};
+use crate::guests::COUNTS;
 use crate::support::{DEADLINE, Outcome, Vm, check, check_eq};
-
-/// Counts in memory and says each number's last byte on COM1.
-const COUNTS: &[u8] = &[
-    0xbb, 0x00, 0x00, 0x20, 0x00, // mov ebx, 0x200000
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xff, 0x03, // again: inc dword [rbx]
-    0x8a, 0x03, // mov al, [rbx]
-    0xee, // out dx, al
-    0xeb, 0xf9, // jmp again
-];
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![

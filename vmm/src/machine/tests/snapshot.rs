@@ -8,25 +8,13 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::restore::RestoreConfig;
+use super::guests::{COUNTER, COUNTS};
 use super::*;
 use crate::devices::virtio::balloon::BalloonConfig;
 use crate::devices::virtio::console::{ConsoleConfig, PortConfig, PortEnds};
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::error::SaveError;
 use crate::snapshot::{Kind, SnapshotError, SnapshotFile, image};
-
-/// Where the guest counts.
-const COUNTER: u64 = 0x20_0000;
-
-/// Counts in memory and says each number's last byte on COM1.
-const COUNTS: &[u8] = &[
-    0xbb, 0x00, 0x00, 0x20, 0x00, // mov ebx, 0x200000
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xff, 0x03, // again: inc dword [rbx]
-    0x8a, 0x03, // mov al, [rbx]
-    0xee, // out dx, al
-    0xeb, 0xf9, // jmp again
-];
 
 fn pipe() -> (PipeReader, Option<std::os::fd::OwnedFd>) {
     let (reader, writer) = std::io::pipe().unwrap();
@@ -265,7 +253,7 @@ fn what_does_not_fit_the_snapshot_is_named() {
     assert_eq!(found, "Cannot restore device block1");
     let found = refused(&|config| config.ports.push((3, PortEnds::default())));
     assert_eq!(found, "Cannot make device console0");
-    let file = config(&SPIN).kernel;
+    let file = config(SPIN).kernel;
     let found = refused(&move |config| config.snapshot = vec![file.try_clone().unwrap()]);
     assert!(found.contains("no snapshot"), "{found}");
 }
