@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut config = VmConfig::new(File::open("/dev/null")?);
-    config.cmdline = "console=ttyS0 quiet panic=-1".into();
+    config.cmdline = format!("console={} quiet panic=-1", VmConfig::SERIAL);
     config.serial = Some(std::io::stderr().as_fd().try_clone_to_owned()?);
     config.balloon = Some(BalloonConfig {
         // At least so much stays with the guest, whatever it is asked for.

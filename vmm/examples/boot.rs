@@ -11,7 +11,7 @@ use supermachine_vmm::{DiskConfig, Vm, VmConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut config = VmConfig::new(File::open("/dev/null")?);
-    config.cmdline = "console=ttyS0 panic=-1".into();
+    config.cmdline = format!("console={} panic=-1", VmConfig::SERIAL);
     config.serial = Some(std::io::stdout().as_fd().try_clone_to_owned()?);
 
     let mut arguments = std::env::args().skip(1);

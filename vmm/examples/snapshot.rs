@@ -37,7 +37,7 @@ struct Options {
 
 fn main() -> Result<()> {
     let mut config = VmConfig::new(File::open("/dev/null")?);
-    config.cmdline = "console=ttyS0 quiet panic=-1".into();
+    config.cmdline = format!("console={} quiet panic=-1", VmConfig::SERIAL);
     config.serial = Some(std::io::stderr().as_fd().try_clone_to_owned()?);
     let mut options = Options {
         disk: PathBuf::new(),
