@@ -67,9 +67,25 @@ pub(super) fn kernel(config: &Resolved) -> Line {
     }
 }
 
-/// What boots: a 64-bit ELF executable for x86-64, or a bzImage (Linux Documentation,
-/// arch/x86/boot.rst).
+/// What boots on this host's processor.
 pub(super) fn kernel_kind(head: &[u8], size: u64) -> Result<&'static str, String> {
+    if cfg!(target_arch = "aarch64") {
+        arm64_kind(head)
+    } else {
+        x86_64_kind(head, size)
+    }
+}
+
+/// An Image (Linux Documentation, arch/arm64/booting.rst). How long it is it doesn't say.
+pub(super) fn arm64_kind(head: &[u8]) -> Result<&'static str, String> {
+    match head.get(56..60) {
+        Some(b"ARM\x64") => Ok("Image"),
+        _ => Err("is no arm64 Image".to_owned()),
+    }
+}
+
+/// A 64-bit ELF executable for x86-64, or a bzImage (Linux Documentation, arch/x86/boot.rst).
+pub(super) fn x86_64_kind(head: &[u8], size: u64) -> Result<&'static str, String> {
     let word = |at: usize| {
         let bytes = head.get(at..at + 2)?;
         Some(u16::from_le_bytes([bytes[0], bytes[1]]))

@@ -14,7 +14,11 @@ const LAB: &str = "use a host with virtualization, or run in the lab: cargo xtas
 pub(super) fn lines(config: &Resolved) -> Vec<Line> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let opened = Host::open().map(|_| ()).map_err(|error| chain(&error));
-    let mut lines = vec![user(), cpu(&virtualization::flags_of_host())];
+    let mut lines = vec![user()];
+    // An arm64 processor says nothing of it.
+    if cfg!(not(target_arch = "aarch64")) {
+        lines.push(cpu(&virtualization::flags_of_host()));
+    }
     lines.extend(kvm(
         opened,
         Virtualization::of_host(),

@@ -1,5 +1,5 @@
 use super::containerd::version;
-use super::files::{directory, initramfs, initramfs_kind, kernel, kernel_kind};
+use super::files::{arm64_kind, directory, initramfs, initramfs_kind, kernel, x86_64_kind};
 use super::host::{cgroups, cpu, kvm};
 use super::programs::{erofs_version, ext4_version};
 use super::*;
@@ -101,20 +101,25 @@ fn kernels_are_recognised_and_others_refused() {
     let mut elf = vec![0u8; 64];
     elf[..5].copy_from_slice(b"\x7fELF\x02");
     elf[18] = 62;
-    assert_eq!(kernel_kind(&elf, 64), Ok("ELF"));
+    assert_eq!(x86_64_kind(&elf, 64), Ok("ELF"));
     elf[18] = 183;
     assert_eq!(
-        kernel_kind(&elf, 64),
+        x86_64_kind(&elf, 64),
         Err("is an ELF file for machine 183, not x86-64 (62)".to_owned())
     );
     let mut image = vec![0u8; 4096];
     image[0x1f1] = 39;
     image[0x1f4] = 100;
     image[0x202..0x206].copy_from_slice(b"HdrS");
-    assert_eq!(kernel_kind(&image, 40 * 512 + 1600), Ok("bzImage"));
-    assert!(kernel_kind(&image, 4096).is_err_and(|wrong| wrong.contains("cut short")));
-    assert!(kernel_kind(b"", 0).is_err());
-    assert!(kernel_kind(b"\x7fELF", 4).is_err());
+    assert_eq!(x86_64_kind(&image, 40 * 512 + 1600), Ok("bzImage"));
+    assert!(x86_64_kind(&image, 4096).is_err_and(|wrong| wrong.contains("cut short")));
+    assert!(x86_64_kind(b"", 0).is_err());
+    assert!(x86_64_kind(b"\x7fELF", 4).is_err());
+
+    let mut image = vec![0u8; 64];
+    assert!(arm64_kind(&image).is_err() && arm64_kind(b"").is_err());
+    image[56..60].copy_from_slice(b"ARM\x64");
+    assert_eq!(arm64_kind(&image), Ok("Image"));
 }
 
 #[test]
