@@ -131,7 +131,10 @@ impl MemoryGuest {
             memory: mebibytes << 20,
             kernel: File::open(bad::kernel()?).context("open the kernel")?,
             initramfs: Some(File::open(&archive)?),
-            cmdline: "console=ttyS0 quiet panic=-1 reboot=t GUEST=memory".to_owned(),
+            cmdline: format!(
+                "console={} quiet panic=-1 reboot=t GUEST=memory",
+                supermachine_vmm::VmConfig::SERIAL
+            ),
             serial: Some(File::create(&log)?.into()),
             disks: Vec::new(),
             console: Some(ConsoleSpec {

@@ -8,6 +8,7 @@ use libtest_mimic::Trial;
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::program::Program;
 use supermachine_tests::work::{State, VSOCK_PORT};
+use supermachine_vmm::VmConfig;
 
 use crate::bad;
 use crate::support::World;
@@ -20,21 +21,23 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
     ]
 }
 
+/// A kernel's command line, with what the guest is to do.
+fn cmdline(guest: &str) -> String {
+    let serial = VmConfig::SERIAL;
+    format!("console={serial} quiet reboot=t panic=-1 {guest}")
+}
+
 fn boot(world: &World) -> Result<()> {
     // The guest has nothing to do, says so and resets.
-    let said = run(
-        world,
-        "boot",
-        &["--cmdline", "console=ttyS0 quiet reboot=t panic=-1"],
-    )?;
+    let said = run(world, "boot", &["--cmdline", &cmdline("")])?;
     ensure!(said.contains("guest: GUEST="), "{said}");
     ensure!(said.contains("The VM ended: "), "{said}");
     Ok(())
 }
 
 fn balloon(world: &World) -> Result<()> {
-    let cmdline = "console=ttyS0 quiet reboot=t panic=-1 GUEST=wait";
-    let options = ["--cmdline", cmdline, "--memory", "256", "--take", "100"];
+    let cmdline = cmdline("GUEST=wait");
+    let options = ["--cmdline", &cmdline, "--memory", "256", "--take", "100"];
     let said = run(world, "balloon", &options)?;
     ensure!(
         said.contains("inflated: the balloon holds 100 MiB"),
@@ -52,9 +55,9 @@ fn snapshot(world: &World) -> Result<()> {
     let dir = tempfile::tempdir_in("/var/tmp")?;
     let disk = dir.path().join("original.disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
-    let cmdline = "console=ttyS0 quiet reboot=t panic=-1 GUEST=work";
+    let cmdline = cmdline("GUEST=work");
     let options = [
-        ["--cmdline", cmdline],
+        ["--cmdline", &cmdline],
         ["--vcpus", "2"],
         ["--memory", "128"],
         ["--disk", disk.to_str().context("a path")?],

@@ -21,7 +21,7 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
         world.test("output::of_a_grandchild", grandchild),
         world.test("output::to_a_file", to_a_file),
         world.test("output::to_a_logger", to_a_logger),
-        world.test("output::debian", debian),
+        world.debian_test("output::debian", debian),
         world.vm_test("output::kernel_of_its_own", kernel),
     ]
 }
