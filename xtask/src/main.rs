@@ -64,7 +64,7 @@ enum Task {
     /// Unit tests, then end-to-end tests; the last line is the total
     Test(test::Args),
     /// Tests of arm64, cross-built, in the arm64 lab; the last line is the total
-    TestArm64,
+    TestArm64(test::arm64::Args),
     /// Containers in microVMs under a real containerd, from nothing
     Demo(demo::Args),
     /// Ours beside runc and QEMU, in one run
@@ -93,7 +93,7 @@ fn main() -> ExitCode {
         Task::Images { arch } => images::ensure(arch).map(|_| 0),
         Task::Lab(args) => lab::run(args),
         Task::Test(args) => test::run(&args),
-        Task::TestArm64 => test::arm64::run(),
+        Task::TestArm64(args) => test::arm64::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args).map(|()| 0),

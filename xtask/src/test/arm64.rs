@@ -1,4 +1,5 @@
-//! Tests of arm64: cross-built, then run in the arm64 lab as they would be on such a machine.
+//! Tests of arm64: cross-built, then run in the arm64 lab as they would be on such a machine. First
+//! each crate's own, then containers under containerd there.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -6,29 +7,55 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::Tee;
 use super::total::Total;
+use super::{Tee, e2e};
 use crate::arch::Arch;
 use crate::lab::{self, Run};
 use crate::step::{output, step};
-use crate::{build, cross, paths};
+use crate::{build, cross, kernel, paths};
 
 const ARCH: Arch = Arch::Aarch64;
 
 /// What of ours runs on arm64, each with its tests.
-const PACKAGES: [&str; 2] = ["supermachine-agent", "supermachine-protocol"];
+const PACKAGES: [&str; 4] = [
+    "supermachine-agent",
+    "supermachine-protocol",
+    "supermachine-vmm",
+    "hvf-on-kvm",
+];
 
 /// All of it, in the lab on two slow processors.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// Runs each program of a folder, the next also after one that failed.
+/// The end-to-end tests that are run there: containers, and the VMM alone with a Linux guest.
+const CONTAINERS: &str = "output::";
+const MACHINES: &str = "examples::";
+
+/// Runs each program of a folder with these arguments, the next also after one that failed.
 const EACH: &str = "status=0; for program in /mnt/tests-arm64/*; do \
-    echo \"$program\"; \"$program\" || status=1; done; exit $status";
+    echo \"$program\"; \"$program\" \"$@\" || status=1; done; exit $status";
+
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Args {
+    /// Only tests of this package
+    #[arg(long, conflicts_with = "e2e")]
+    package: Option<String>,
+    /// Only end-to-end tests whose name contains this
+    #[arg(long)]
+    e2e: Option<String>,
+    /// Only tests of the package whose name contains this
+    #[arg(requires = "package")]
+    filter: Option<String>,
+}
 
 /// Runs them and prints the total.
-pub(crate) fn run() -> Result<u8> {
+pub(crate) fn run(args: &Args) -> Result<u8> {
     let mut total = Total::default();
-    let good = counted(&mut total);
+    // Those who want the examples as well wait for the kernel; `make test` takes what is there.
+    if args.package.is_none() && args.e2e.is_none() {
+        kernel::ensure(ARCH)?;
+    }
+    let good = some(args, &mut total);
     io::stderr().flush().context("cannot flush")?;
     println!("{total}");
     Ok(u8::from(!good || total.failed > 0))
@@ -36,20 +63,55 @@ pub(crate) fn run() -> Result<u8> {
 
 /// Runs them and adds up what they report; that they could not be run is a failure too.
 pub(super) fn counted(total: &mut Total) -> bool {
-    step("arm64", || in_lab(total)).unwrap_or_else(|error| {
+    some(&Args::default(), total)
+}
+
+fn some(args: &Args, total: &mut Total) -> bool {
+    step("arm64", || in_lab(args, total)).unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
         total.failed += 1;
         false
     })
 }
 
-fn in_lab(total: &mut Total) -> Result<bool> {
+fn in_lab(args: &Args, total: &mut Total) -> Result<bool> {
     lab::prepare(ARCH)?;
-    let folder = step("arm64: test programs", programs)?;
+    if let Some(filter) = &args.e2e {
+        build::ensure(ARCH)?;
+        return end_to_end(filter, total);
+    }
+    let mut good = units(args, total)?;
+    if args.package.is_none() && args.e2e.is_none() {
+        build::ensure(ARCH)?;
+        good &= end_to_end(CONTAINERS, total)?;
+        if kernel::cached(ARCH)?.is_some() {
+            good &= end_to_end(MACHINES, total)?;
+        } else {
+            eprintln!("    {MACHINES} skipped: `make test-arm64` builds the kernel they are for");
+            total.skipped += 1;
+        }
+    }
+    Ok(good)
+}
+
+fn end_to_end(filter: &str, total: &mut Total) -> Result<bool> {
+    let report = step(&format!("arm64: {filter} in the lab"), || {
+        e2e::in_lab(ARCH, filter)
+    })?;
+    total.add(report.total);
+    Ok(report.good)
+}
+
+fn units(args: &Args, total: &mut Total) -> Result<bool> {
+    let folder = step("arm64: test programs", || programs(args))?;
     let mut tee = Tee::default();
     let run = Run {
         arch: ARCH,
-        command: ["sh", "-c", EACH].map(str::to_owned).to_vec(),
+        command: ["sh", "-c", EACH, "sh"]
+            .into_iter()
+            .chain(args.filter.as_deref())
+            .map(str::to_owned)
+            .collect(),
         add: vec![folder],
         timeout: Some(LIMIT),
         ..Run::default()
@@ -65,14 +127,15 @@ fn in_lab(total: &mut Total) -> Result<bool> {
 }
 
 /// Builds every test program and puts them in a folder.
-fn programs() -> Result<PathBuf> {
+fn programs(args: &Args) -> Result<PathBuf> {
     let folder = paths::products(ARCH).join("tests-arm64");
     paths::remove_dir(&folder)?;
     paths::make_dir(&folder)?;
     let mut command = cross::cargo("test", ARCH)?;
-    for package in PACKAGES {
-        command.args(["-p", package]);
-    }
+    match &args.package {
+        Some(package) => command.args(["-p", package]),
+        None => command.args(PACKAGES.into_iter().flat_map(|package| ["-p", package])),
+    };
     command.args(["--no-run", "--message-format=json"]);
     let said = String::from_utf8_lossy(&output(&mut command)?.stdout).into_owned();
     for program in said.lines().filter_map(executable) {

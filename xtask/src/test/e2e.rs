@@ -66,14 +66,16 @@ pub(super) fn run(
     let reports: Vec<Report> = step("end-to-end tests", || match place {
         Place::Native => versions
             .iter()
-            .map(|version| on_one(&place, *version, filter, runs))
+            .map(|version| on_one(&place, Arch::HOST, *version, filter, runs))
             .collect(),
         Place::Lab(_) => {
             lab::prepare(Arch::HOST)?;
             thread::scope(|scope| {
                 let runs: Vec<_> = versions
                     .iter()
-                    .map(|version| scope.spawn(|| on_one(&place, *version, filter, runs)))
+                    .map(|version| {
+                        scope.spawn(|| on_one(&place, Arch::HOST, *version, filter, runs))
+                    })
                     .collect();
                 runs.into_iter()
                     .map(|run| run.join().map_err(|_| anyhow!("a run panicked"))?)
@@ -85,8 +87,15 @@ pub(super) fn run(
     Ok(reports)
 }
 
+/// Runs them in the lab of another processor, for which everything is built and prepared.
+pub(super) fn in_lab(arch: Arch, filter: &str) -> Result<Report> {
+    let place = Place::Lab(String::new());
+    on_one(&place, arch, Version::Newest, Some(filter), None)
+}
+
 fn on_one(
     place: &Place,
+    arch: Arch,
     version: Version,
     filter: Option<&str>,
     runs: Option<u32>,
@@ -102,10 +111,10 @@ fn on_one(
     }
     args.extend(runs.map(|runs| format!("--runs={runs}")));
     args.extend(filter.map(str::to_owned));
-    let out = paths::products(Arch::HOST).join("e2e").join(version.name());
+    let out = paths::products(arch).join("e2e").join(version.name());
     paths::remove_dir(&out)?;
     let launch = Launch {
-        arch: Arch::HOST,
+        arch,
         program: "e2e",
         containerd: version,
         args: &args,
