@@ -1,6 +1,9 @@
 //! What the guest learns from the host about itself, and the host from the guest.
 
 use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::time::TimeSpec;
@@ -90,5 +93,75 @@ pub(crate) fn apply(request: &ConnectRequest) {
         && let Err(error) = nix::unistd::sethostname(&request.hostname)
     {
         tracing::warn!(%error, "cannot set the host name");
+    }
+    if !request.machine_id.is_empty()
+        && let Err(error) = set_machine_id(Path::new("/etc"), &request.machine_id)
+    {
+        tracing::warn!(%error, "cannot set the machine id");
+    }
+}
+
+/// Writes `machine-id` to `etc` as machine-id(5) has it. Whoever reads meanwhile finds the old one or
+/// the new.
+fn set_machine_id(etc: &Path, id: &str) -> io::Result<()> {
+    let digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if id.len() != 32 || !id.bytes().all(digit) || id.bytes().all(|byte| byte == b'0') {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{id:?} is not 32 lowercase hexadecimal digits, or is all 0"),
+        ));
+    }
+    fs::create_dir_all(etc)?;
+    let new = etc.join(".machine-id.new");
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o444)
+        .open(&new)?;
+    writeln!(file, "{id}")?;
+    fs::rename(&new, etc.join("machine-id"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const ID: &str = "0123456789abcdef0123456789abcdef";
+
+    #[test]
+    fn a_machine_id_replaces_the_one_before() {
+        let root = tempfile::tempdir().unwrap();
+        // Made, as the guest's initramfs has none.
+        let etc = root.path().join("etc");
+        for id in [ID, "fedcba9876543210fedcba9876543210"] {
+            set_machine_id(&etc, id).unwrap();
+            let file = etc.join("machine-id");
+            assert_eq!(fs::read_to_string(&file).unwrap(), format!("{id}\n"));
+            let mode = file.metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o444);
+        }
+        assert_eq!(fs::read_dir(&etc).unwrap().count(), 1, "something is left");
+    }
+
+    #[test]
+    fn what_is_no_machine_id_changes_nothing() {
+        let etc = tempfile::tempdir().unwrap();
+        set_machine_id(etc.path(), ID).unwrap();
+        for id in [
+            &ID[1..],
+            "00000000000000000000000000000000",
+            "0123456789ABCDEF0123456789abcdef",
+            "01234567-89ab-cdef-0123-456789abcdef",
+            "0123456789abcdef0123456789abcde\n",
+            "0123456789abcdef0123456789abcdé",
+        ] {
+            let error = set_machine_id(etc.path(), id).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{id}");
+        }
+        let kept = fs::read_to_string(etc.path().join("machine-id")).unwrap();
+        assert_eq!(kept.trim_end(), ID);
     }
 }

@@ -75,7 +75,7 @@ pub(crate) async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
 
 impl Agent {
     /// Introduces the host over `stream`, which leads to an agent: gives the guest the time,
-    /// entropy and `hostname`, and opens the event stream.
+    /// entropy, `hostname` and a machine id of its own, and opens the event stream.
     ///
     /// `call` is the longest any later call may take.
     pub(crate) async fn connect(
@@ -88,8 +88,9 @@ impl Agent {
         let mut request = protocol::ConnectRequest::new();
         request.protocol_version = protocol::VERSION;
         request.host_time_ns = nanoseconds(SystemTime::now());
-        request.entropy = entropy()?;
+        request.entropy = random::<ENTROPY>()?.to_vec();
         request.hostname = hostname.to_owned();
+        request.machine_id = machine_id(random()?);
         let agent = Self { client, call };
         // A deadline of the call would end the stream, so only its first event has one.
         let mut events = agent
@@ -271,8 +272,9 @@ fn nanoseconds(time: SystemTime) -> i64 {
         .unwrap_or(0)
 }
 
-fn entropy() -> Result<Vec<u8>, Error> {
-    let mut bytes = vec![0; ENTROPY];
+/// Fresh bytes, for the guest and nobody else.
+fn random<const N: usize>() -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
     File::open("/dev/urandom")
         .and_then(|mut source| source.read_exact(&mut bytes))
         .map_err(|source| Error::Machine {
@@ -280,6 +282,13 @@ fn entropy() -> Result<Vec<u8>, Error> {
             source: source.into(),
         })?;
     Ok(bytes)
+}
+
+/// Random bytes as machine-id(5) has them: a UUID of version 4 in hexadecimal, without dashes.
+fn machine_id(mut random: [u8; 16]) -> String {
+    random[6] = random[6] & 0x0f | 0x40;
+    random[8] = random[8] & 0x3f | 0x80;
+    format!("{:032x}", u128::from_be_bytes(random))
 }
 
 fn silent(during: &str, limit: Duration) -> Error {

@@ -5,7 +5,7 @@ mod hooks;
 mod pause;
 mod stub;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ttrpc::Code;
 
@@ -54,6 +54,28 @@ async fn a_life_is_told_in_order_and_leaves_nothing() {
     assert_eq!(f.guest.balance(), (1, 1));
     assert!(f.sandbox.is_idle());
     assert_eq!(kind(f.sandbox.wait("c1", "").await), Kind::NotFound);
+}
+
+#[tokio::test]
+async fn every_guest_is_told_who_it_is() {
+    let (one, other) = (Fixture::new(), Fixture::new());
+    let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    one.created().await;
+    other.created().await;
+    let (one, other) = (one.guest.identity(), other.guest.identity());
+    assert_eq!(one.hostname, "host");
+    assert!(u128::try_from(one.host_time_ns).unwrap() >= before.as_nanos());
+    assert_eq!(one.entropy.len(), 32);
+    assert_ne!(one.entropy, other.entropy);
+    let id = &one.machine_id;
+    assert!(
+        id.len() == 32 && id.bytes().all(|b| b"0123456789abcdef".contains(&b)),
+        "{id}"
+    );
+    // A random UUID: version 4, variant 1.
+    assert_eq!(&id[12..13], "4");
+    assert!("89ab".contains(&id[16..17]), "{id}");
+    assert_ne!(one.machine_id, other.machine_id);
 }
 
 #[tokio::test]

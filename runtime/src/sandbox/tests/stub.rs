@@ -39,6 +39,8 @@ struct State {
     machine: Option<UnboundedSender<MachineEvent>>,
     agent: Option<UnboundedSender<protocol::Event>>,
     log: Vec<String>,
+    /// What it was told of itself.
+    identity: protocol::ConnectRequest,
     attached: HashSet<u32>,
     hang: HashSet<&'static str>,
     fail: HashMap<&'static str, (Code, &'static str)>,
@@ -109,6 +111,10 @@ impl Guest {
         let mut event = protocol::Event::new();
         event.set_oom(oom);
         self.with(|state| state.agent.as_ref().unwrap().send(event).unwrap());
+    }
+
+    pub(super) fn identity(&self) -> protocol::ConnectRequest {
+        self.with(|state| state.identity.clone())
     }
 
     /// The agent's connection breaks while its machine runs on.
@@ -343,7 +349,7 @@ impl protocol::Agent for Guest {
     async fn connect(
         &self,
         _: &TtrpcContext,
-        _: protocol::ConnectRequest,
+        identity: protocol::ConnectRequest,
         stream: ServerStreamSender<protocol::Event>,
     ) -> ttrpc::Result<()> {
         self.call("connect", String::new()).await?;
@@ -352,6 +358,7 @@ impl protocol::Agent for Guest {
             mpsc::unbounded_channel();
         ready.protocol_version = self.with(|state| {
             state.agent = Some(agent);
+            state.identity = identity;
             state.version
         });
         let mut first = protocol::Event::new();
