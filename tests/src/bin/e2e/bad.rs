@@ -20,6 +20,7 @@ use crate::support::{World, equal};
 
 const DEFAULT_CONFIG: &str = "/etc/supermachine/config.toml";
 const DEFAULT_KERNEL: &str = "/usr/lib/supermachine/vmlinux";
+const DEFAULT_INITRAMFS: &str = "/usr/lib/supermachine/initramfs.cpio";
 
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![
@@ -82,13 +83,22 @@ fn written(world: &World, text: &str) -> Result<ShimConfig> {
 
 /// The kernel of the installation.
 pub(crate) fn kernel() -> Result<PathBuf> {
+    of_kernel("path", DEFAULT_KERNEL)
+}
+
+/// The installation's initramfs, which has the agent.
+pub(crate) fn agent() -> Result<PathBuf> {
+    of_kernel("initramfs", DEFAULT_INITRAMFS)
+}
+
+fn of_kernel(key: &str, default: &str) -> Result<PathBuf> {
     let configuration = configuration()?;
     let path = configuration
         .get("kernel")
-        .and_then(|kernel| kernel.get("path"));
+        .and_then(|kernel| kernel.get(key));
     Ok(path
         .and_then(|path| path.as_str())
-        .unwrap_or(DEFAULT_KERNEL)
+        .unwrap_or(default)
         .into())
 }
 

@@ -16,6 +16,7 @@
 mod bad;
 mod balloon;
 mod changes;
+mod clones;
 mod confinement;
 mod docker;
 mod driven;
@@ -27,6 +28,7 @@ mod input;
 mod kernels;
 mod leftovers;
 mod limits;
+mod machine;
 mod output;
 mod process;
 mod refused;
@@ -53,6 +55,7 @@ use support::World;
 const ONCE: &[&str] = &[
     "bad",
     "balloon",
+    "clones",
     "confinement",
     "docker",
     "driven",
@@ -120,6 +123,7 @@ fn run(options: Options) -> Result<ExitCode> {
         driven::tests,
         kernels::tests,
         balloon::tests,
+        clones::tests,
         examples::tests,
         confinement::tests,
         bad::tests,
