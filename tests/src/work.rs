@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -9,8 +10,12 @@ use anyhow::{Context, Result, ensure};
 pub const BLOCK: usize = 4096;
 /// Blocks of the disk that are worked on.
 pub const BLOCKS: u64 = 64;
-/// The port where the guest answers with its state.
+/// The port where the guest answers with its state, after its timer has gone off [`TICKS`] times.
 pub const VSOCK_PORT: u32 = 7;
+/// How often the timer goes off before an answer.
+pub const TICKS: u64 = 5;
+/// How long the timer takes each time, at least.
+pub const TICK: Duration = Duration::from_millis(10);
 
 /// How far the work has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +26,8 @@ pub struct State {
     pub hash: u64,
     /// Times a timer has gone off meanwhile.
     pub ticks: u64,
+    /// The guest's monotonic clock, in microseconds.
+    pub clock: u64,
 }
 
 impl State {
@@ -50,7 +57,13 @@ impl State {
 
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "step {} {:016x} {}", self.step, self.hash, self.ticks)
+        let Self {
+            step,
+            hash,
+            ticks,
+            clock,
+        } = self;
+        write!(f, "step {step} {hash:016x} {ticks} {clock}")
     }
 }
 
@@ -64,7 +77,13 @@ impl FromStr for State {
         let step = next()?.parse()?;
         let hash = u64::from_str_radix(next()?, 16)?;
         let ticks = next()?.parse()?;
-        Ok(Self { step, hash, ticks })
+        let clock = next()?.parse()?;
+        Ok(Self {
+            step,
+            hash,
+            ticks,
+            clock,
+        })
     }
 }
 
@@ -76,6 +95,7 @@ mod tests {
     fn a_state_is_read_back_and_another_hash_is_noticed() {
         let mut state = State::after(3);
         state.ticks = 5;
+        state.clock = 7;
         let again: State = state.to_string().parse().unwrap();
         assert_eq!(again, state);
         again.check().unwrap();

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::program::Program;
-use supermachine_tests::work::{State, VSOCK_PORT};
+use supermachine_tests::work::{State, TICK, TICKS, VSOCK_PORT};
 use supermachine_vmm::VmConfig;
 
 use crate::bad;
@@ -49,7 +49,7 @@ fn balloon(world: &World) -> Result<()> {
 }
 
 /// A guest with two vCPUs that works on its disk, console, socket and timer goes on from the middle of
-/// that, each time exactly where it was.
+/// that, each time exactly where it was: from a snapshot, and from a diff on it.
 fn snapshot(world: &World) -> Result<()> {
     const LINES: usize = 5;
     let dir = tempfile::tempdir_in("/var/tmp")?;
@@ -68,45 +68,108 @@ fn snapshot(world: &World) -> Result<()> {
         ["--at-once", "5"],
     ];
     let said = run(world, "snapshot", options.as_flattened())?;
-    let of = |name: &str| -> Result<Vec<State>> {
-        let line = format!("{name}: ");
-        let answer = format!("{name} answers: ");
-        let lines = said.lines().filter_map(|said| {
-            said.strip_prefix(&line)
-                .or_else(|| said.strip_prefix(&answer))
-        });
-        let states: Vec<State> = lines.map(str::parse).collect::<Result<_>>()?;
-        ensure!(states.len() == LINES + 1, "{name}: {said}");
-        for state in &states {
-            state.check().with_context(|| name.to_owned())?;
-        }
-        for pair in states[..LINES].windows(2) {
-            ensure!(pair[1].step == pair[0].step + 1, "{name}: {said}");
-            ensure!(pair[1].ticks >= pair[0].ticks, "{name}: {said}");
-        }
-        // It worked on meanwhile, the timer too.
-        ensure!(
-            states[LINES].step >= states[LINES - 1].step,
-            "{name}: {said}"
-        );
-        Ok(states)
-    };
-    let original = of("original")?;
+    let of = |name: &str| Worked::of(name, LINES, &said).with_context(|| said.clone());
+    let (original, resumed) = (of("original")?, of("resumed")?);
     let clones = (0..20).map(|n| format!("clone {n}"));
     let beside = (0..5).map(|n| format!("beside {n}"));
-    let mut began = Vec::new();
+    let mut began = [Vec::new(), Vec::new()];
     for name in clones.chain(beside) {
-        began.push(of(&name)?[0]);
+        let of_diff = name.ends_with(['1', '3', '5', '7', '9']);
+        began[usize::from(of_diff)].push(of(&name)?.lines[0]);
     }
     // All of them where the original was, or it would have said more.
-    ensure!(
-        began
-            .iter()
-            .all(|state| state.step == began[0].step && state.hash == began[0].hash),
-        "{began:?}"
-    );
-    ensure!(began[0].step > original[LINES - 1].step, "{said}");
+    for began in &began {
+        ensure!(
+            began
+                .iter()
+                .all(|state| state.step == began[0].step && state.hash == began[0].hash),
+            "{began:?}"
+        );
+    }
+    let [full, diff] = began.map(|began| began[0].step);
+    ensure!(full > original.last().step, "{said}");
+    ensure!(diff > resumed.last().step && diff > full, "{said}");
+    let size = |name: &str| -> Result<u64> {
+        let line = format!("{name} snapshot: ");
+        let size = said.lines().find_map(|said| said.strip_prefix(&line));
+        let kibibytes = size.and_then(|size| size.strip_suffix(" KiB"));
+        Ok(kibibytes.context("no size")?.parse()?)
+    };
+    ensure!(size("diff")? < size("full")? / 2, "{said}");
     Ok(())
+}
+
+/// What a guest has said of its work.
+#[derive(Debug)]
+struct Worked {
+    lines: Vec<State>,
+    /// With the microseconds of the host's clock when it was asked, and had answered.
+    answers: Vec<(u64, u64, State)>,
+}
+
+impl Worked {
+    /// Takes it from what the example said, and checks that all of the guest went on.
+    fn of(name: &str, count: usize, said: &str) -> Result<Self> {
+        let (line, answer) = (format!("{name}: "), format!("{name} from "));
+        let lines = said.lines().filter_map(|said| said.strip_prefix(&line));
+        let lines: Vec<State> = lines.map(str::parse).collect::<Result<_>>()?;
+        let answers = said.lines().filter_map(|said| said.strip_prefix(&answer));
+        let answers = answers
+            .map(|answer| {
+                let (times, state) = answer.split_once(": ").context("no answer")?;
+                let (asked, answered) = times.split_once(" to ").context("no times")?;
+                Ok((asked.parse()?, answered.parse()?, state.parse()?))
+            })
+            .collect::<Result<_>>()?;
+        let worked = Self { lines, answers };
+        worked.check(count).with_context(|| name.to_owned())?;
+        Ok(worked)
+    }
+
+    fn last(&self) -> &State {
+        &self.lines[self.lines.len() - 1]
+    }
+
+    fn check(&self, count: usize) -> Result<()> {
+        let Self { lines, answers } = self;
+        let [first, _, last] = answers[..] else {
+            bail!("{} answers", answers.len());
+        };
+        ensure!(lines.len() == count, "{} lines", lines.len());
+        for pair in lines.windows(2) {
+            ensure!(pair[1].step == pair[0].step + 1, "{pair:?}");
+            ensure!(pair[1].ticks >= pair[0].ticks, "{pair:?}");
+        }
+        let answered = answers.iter().map(|(.., state)| state);
+        let all: Vec<_> = lines.iter().chain(answered).collect();
+        for state in &all {
+            state.check()?;
+        }
+        // It worked on meanwhile; its clock ran and its timer went off.
+        for pair in all.windows(2) {
+            ensure!(pair[1].step >= pair[0].step, "{pair:?}");
+            ensure!(pair[1].clock > pair[0].clock, "{pair:?}");
+        }
+        let mut before = self.last();
+        for (.., state) in answers {
+            ensure!(state.ticks >= before.ticks + TICKS, "{before:?}, {state:?}");
+            before = state;
+        }
+        // As fast as the host's: between two answers lies what was before and after both, on it, and
+        // no more than that.
+        let guest = last.2.clock - first.2.clock;
+        let (least, most) = (last.0 - first.1, last.1 - first.0);
+        let off = 1000 + most / 50;
+        ensure!(
+            guest + off >= least && guest <= most + off,
+            "{guest} us of the guest's are {least} to {most} of the host's"
+        );
+        // A timer that is early would be as wrong.
+        let ticks = last.2.ticks - first.2.ticks;
+        let shortest = ticks.saturating_sub(1) * TICK.as_micros() as u64;
+        ensure!(guest >= shortest, "{ticks} ticks in {guest} us");
+        Ok(())
+    }
 }
 
 /// Runs an example on the installed kernel and the guest program; all it said.
@@ -122,7 +185,8 @@ fn run(world: &World, example: &str, options: &[&str]) -> Result<String> {
         .arg("--initramfs")
         .arg(&archive)
         .args(options);
-    let finished = Program::run(command, world.host.deadline)?;
+    // The longest has 26 VMs, most of them one after the other.
+    let finished = Program::run(command, 3 * world.host.deadline)?;
     let said = format!("{}{}", finished.text(), finished.errors());
     finished.success().with_context(|| said.clone())?;
     Ok(said)

@@ -5,8 +5,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -15,13 +14,11 @@ use nix::libc;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, listen, socket,
 };
-use supermachine_tests::work::{BLOCK, BLOCKS, State, VSOCK_PORT};
+use nix::time::{ClockId, clock_gettime};
+use supermachine_tests::work::{BLOCK, BLOCKS, State, TICK, TICKS, VSOCK_PORT};
 
 const PORT: &str = "/dev/vport0p0";
 const DISK: &str = "/dev/vda";
-/// How often the timer goes off.
-const TICK: Duration = Duration::from_millis(10);
-
 /// What direct I/O wants buffers to be aligned to.
 #[repr(align(4096))]
 struct Page([u8; BLOCK]);
@@ -41,15 +38,14 @@ pub(crate) fn run() -> Result<()> {
         .custom_flags(libc::O_DIRECT)
         .open(DISK)
         .with_context(|| format!("cannot open {DISK}"))?;
-    let ticks = Arc::new(AtomicU64::new(0));
-    let ticking = Arc::clone(&ticks);
+    let latest = Arc::new(Latest::default());
+    let ticking = Arc::clone(&latest);
     thread::spawn(move || {
         loop {
             thread::sleep(TICK);
-            ticking.fetch_add(1, Ordering::Relaxed);
+            ticking.change(|state| state.ticks += 1);
         }
     });
-    let latest = Arc::new(Mutex::new(State::default()));
     let told = Arc::clone(&latest);
     thread::spawn(move || {
         if let Err(error) = answer(&told) {
@@ -60,10 +56,48 @@ pub(crate) fn run() -> Result<()> {
     loop {
         state.advance();
         on_disk(&disk, &state)?;
-        state.ticks = ticks.load(Ordering::Relaxed);
-        *latest.lock().unwrap_or_else(PoisonError::into_inner) = state;
-        writeln!(port, "{state}").context("cannot write to the port")?;
+        let State { step, hash, .. } = state;
+        let told = latest.change(|latest| (latest.step, latest.hash) = (step, hash));
+        writeln!(port, "{told}").context("cannot write to the port")?;
     }
+}
+
+/// The state as it can be told.
+#[derive(Debug, Default)]
+struct Latest {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Latest {
+    /// Changes it; the answer has the time.
+    fn change(&self, change: impl FnOnce(&mut State)) -> State {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        state.clock = clock();
+        self.changed.notify_all();
+        *state
+    }
+
+    /// The state once the timer has gone off a few times from now on.
+    fn after_ticks(&self) -> State {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = state.ticks + TICKS;
+        let state = self
+            .changed
+            .wait_while(state, |state| state.ticks < wanted)
+            .unwrap_or_else(PoisonError::into_inner);
+        State {
+            clock: clock(),
+            ..*state
+        }
+    }
+}
+
+/// Microseconds of the monotonic clock.
+fn clock() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |time| Duration::from(time).as_micros() as u64)
 }
 
 /// Writes this step's block, past the page cache, and looks at one of an earlier step.
@@ -95,7 +129,7 @@ fn fill(page: &mut [u8; BLOCK], hash: u64) {
 }
 
 /// Tells whoever connects how far the work is.
-fn answer(latest: &Mutex<State>) -> Result<()> {
+fn answer(latest: &Latest) -> Result<()> {
     let listener = socket(
         AddressFamily::Vsock,
         SockType::Stream,
@@ -110,7 +144,7 @@ fn answer(latest: &Mutex<State>) -> Result<()> {
         let connection = accept(listener.as_raw_fd()).context("cannot accept")?;
         // SAFETY: accept has just made it, and nobody else has it.
         let mut connection = unsafe { File::from_raw_fd(connection) };
-        let state = *latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = latest.after_ticks();
         // Whoever has gone meanwhile needs no answer.
         let _ = writeln!(connection, "{state}");
     }
