@@ -1,14 +1,19 @@
 //! VMs without containers, in processes of the shim's program: booted, or restored.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::shim::new_id;
-use supermachine_vmm::control::{BootSpec, Event, Exit, RestoreSpec, SpawnConfig, VmHandle};
+use supermachine_vmm::control::{
+    BootSpec, ConsoleSpec, Event, Exit, RestoreSpec, SpawnConfig, VmHandle,
+};
 
 use crate::bad;
 use crate::support::{World, equal};
@@ -110,4 +115,56 @@ impl Machine {
     pub(crate) fn end(self) -> Result<()> {
         equal(self.vm.stop(DEADLINE), Exit::Stopped)
     }
+}
+
+/// A guest that does what it is told on a console port.
+pub(crate) struct Told {
+    pub(crate) machine: Machine,
+    port: BufReader<UnixStream>,
+}
+
+impl Told {
+    /// Boots one whose program does the commands of `GUEST=what`.
+    pub(crate) fn boot(
+        world: &World,
+        what: &str,
+        change: impl FnOnce(&mut BootSpec),
+    ) -> Result<Self> {
+        let ours = std::env::current_exe().context("find this program")?;
+        let archive = world.files()?.join("guest.cpio");
+        let init = Initramfs::of_program(&ours.with_file_name("guest"))?;
+        std::fs::write(&archive, init.finish()).context("write an initramfs")?;
+        let machine = Machine::boot(world, &archive, |spec| {
+            spec.cmdline = format!("{COMMAND_LINE} GUEST={what}");
+            spec.console = Some(ConsoleSpec {
+                ports: vec!["commands".to_owned()],
+                max_ports: 1,
+            });
+            change(spec);
+        })?;
+        let (port, far) = port()?;
+        let (input, output) = (far.try_clone()?, far);
+        machine.vm.attach_port(0, Some(input), Some(output))?;
+        machine.opened()?;
+        Ok(Self { machine, port })
+    }
+
+    /// Has the guest do something; its answer.
+    pub(crate) fn ask(&mut self, command: &str) -> Result<String> {
+        writeln!(self.port.get_mut(), "{command}").context("tell the guest")?;
+        let mut answer = String::new();
+        let read = self.port.read_line(&mut answer);
+        let said = || self.machine.said();
+        match read.with_context(|| format!("{command}: {}", said()))? {
+            0 => bail!("the guest ended at {command}: {}", said()),
+            _ => Ok(answer.trim().to_owned()),
+        }
+    }
+}
+
+/// Both ends of a port: ours, on which nothing is waited for longer than [`DEADLINE`].
+fn port() -> Result<(BufReader<UnixStream>, OwnedFd)> {
+    let (port, far) = UnixStream::pair().context("no sockets")?;
+    port.set_read_timeout(Some(DEADLINE))?;
+    Ok((BufReader::new(port), far.into()))
 }

@@ -1,6 +1,7 @@
 //! A guest's `/init`, for tests and benches that boot a VM without a container: does what its
 //! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=work`, `GUEST=wait`), then resets the machine.
 
+mod commands;
 #[allow(
     unsafe_code,
     reason = "asynchronous I/O is system calls that no library of ours has"

@@ -1,53 +1,28 @@
-//! Memory on command: the host writes lines to a console port and reads the answers there.
+//! Memory on command.
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
+use std::fs;
 
 use anyhow::{Context, Result, bail};
 
-/// The first port of the first virtio device.
-const PORT: &str = "/dev/vport0p0";
+use crate::commands;
+
 const PAGE: usize = 4096;
 
 pub(crate) fn run() -> Result<()> {
-    // It comes soon after the driver; there is nothing to wait on before it is there.
-    while !Path::new(PORT).exists() {
-        thread::sleep(Duration::from_millis(5));
-    }
-    let port = File::options()
-        .read(true)
-        .write(true)
-        .open(PORT)
-        .with_context(|| format!("cannot open {PORT}"))?;
     let mut blocks: Vec<Vec<u8>> = Vec::new();
-    let mut lines = BufReader::new(port.try_clone().context("one more descriptor")?);
-    loop {
-        let mut line = String::new();
-        if lines
-            .read_line(&mut line)
-            .context("cannot read a command")?
-            == 0
-        {
-            return Ok(());
-        }
-        let answer = answer(line.trim(), &mut blocks).unwrap_or_else(|error| format!("{error:#}"));
-        writeln!(&port, "{answer}").context("cannot answer")?;
-    }
+    commands::serve(|words| answer(words, &mut blocks))
 }
 
-fn answer(line: &str, blocks: &mut Vec<Vec<u8>>) -> Result<String> {
-    match line.split_whitespace().collect::<Vec<_>>()[..] {
+fn answer(words: &[&str], blocks: &mut Vec<Vec<u8>>) -> Result<String> {
+    match *words {
         ["fill", mebibytes] => {
-            let bytes = mebibytes.parse::<usize>()? << 20;
-            let mut block = vec![0; bytes];
-            for (index, page) in block.chunks_mut(PAGE).enumerate() {
-                let number = pattern(blocks.len(), index);
-                page[..8].copy_from_slice(&number.to_le_bytes());
-            }
-            blocks.push(block);
+            blocks.push(block(blocks.len(), mebibytes.parse::<usize>()? << 20));
+            Ok("filled".to_owned())
+        }
+        ["fill", "all", "but", mebibytes] => {
+            let rest = mebibytes.parse::<usize>()? << 20;
+            let bytes = free()?.saturating_sub(rest);
+            blocks.push(block(blocks.len(), bytes / PAGE * PAGE));
             Ok("filled".to_owned())
         }
         ["check"] => {
@@ -78,8 +53,27 @@ fn answer(line: &str, blocks: &mut Vec<Vec<u8>>) -> Result<String> {
                 .find_map(|line| line.strip_prefix("oom_kill "));
             Ok(kills.context("the kernel counts no OOM kills")?.to_owned())
         }
-        _ => bail!("no such command: {line:?}"),
+        _ => bail!("no such command: {words:?}"),
     }
+}
+
+/// Memory with something of its own in each page.
+fn block(place: usize, bytes: usize) -> Vec<u8> {
+    let mut block = vec![0; bytes];
+    for (index, page) in block.chunks_mut(PAGE).enumerate() {
+        page[..8].copy_from_slice(&pattern(place, index).to_le_bytes());
+    }
+    block
+}
+
+/// Bytes that the kernel has no use for.
+fn free() -> Result<usize> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let kibibytes = text.lines().find_map(|line| {
+        let value = line.strip_prefix("MemFree:")?.trim().strip_suffix(" kB")?;
+        value.parse::<usize>().ok()
+    });
+    Ok(kibibytes.context("the kernel doesn't tell what is free")? << 10)
 }
 
 /// What a page begins with; never 0.
