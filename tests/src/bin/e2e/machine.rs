@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::shim::new_id;
 use supermachine_vmm::control::{
-    BootSpec, ConsoleSpec, Event, Exit, RestoreSpec, SpawnConfig, VmHandle,
+    BootSpec, ConsoleSpec, DiskSpec, Event, Exit, PortSpec, RestoreSpec, SpawnConfig, VmHandle,
 };
 
 use crate::bad;
@@ -146,6 +146,22 @@ impl Told {
         let (input, output) = (far.try_clone()?, far);
         machine.vm.attach_port(0, Some(input), Some(output))?;
         machine.opened()?;
+        Ok(Self { machine, port })
+    }
+
+    /// One that goes on from a snapshot, with these disks.
+    pub(crate) fn restore(world: &World, snapshot: &Path, disks: Vec<DiskSpec>) -> Result<Self> {
+        let (port, far) = port()?;
+        let output = far.try_clone()?;
+        let machine = Machine::restore(world, snapshot, |spec| {
+            spec.disks = disks;
+            spec.max_ports = 1;
+            spec.ports = vec![PortSpec {
+                port: 0,
+                input: Some(far),
+                output: Some(output),
+            }];
+        })?;
         Ok(Self { machine, port })
     }
 

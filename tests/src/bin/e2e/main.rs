@@ -32,6 +32,7 @@ mod machine;
 mod output;
 mod process;
 mod refused;
+mod slots;
 mod snapshotters;
 mod spec;
 mod stats;
@@ -62,6 +63,7 @@ const ONCE: &[&str] = &[
     "examples",
     "faults",
     "kernels",
+    "slots",
 ];
 /// What in such a group is about containerd all the same.
 const WITH_CONTAINERD: &str = "faults::containerd_";
@@ -123,6 +125,7 @@ fn run(options: Options) -> Result<ExitCode> {
         driven::tests,
         kernels::tests,
         balloon::tests,
+        slots::tests,
         clones::tests,
         examples::tests,
         confinement::tests,

@@ -1,5 +1,6 @@
 //! A guest's `/init`, for tests and benches that boot a VM without a container: does what its
-//! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=work`, `GUEST=wait`), then resets the machine.
+//! kernel's command line says (`GUEST=memory`, `GUEST=disk`, `GUEST=slots`, `GUEST=work`, `GUEST=wait`), then
+//! resets the machine.
 
 mod commands;
 #[allow(
@@ -8,6 +9,7 @@ mod commands;
 )]
 mod disk;
 mod memory;
+mod slots;
 #[allow(
     unsafe_code,
     reason = "an accepted connection is a number that somebody must own"
@@ -50,6 +52,7 @@ fn run() -> Result<()> {
     match std::env::var("GUEST").as_deref() {
         Ok("memory") => memory::run(),
         Ok("disk") => disk::run(),
+        Ok("slots") => slots::run(),
         Ok("work") => work::run(),
         Ok("wait") => loop {
             nix::unistd::pause();
