@@ -97,7 +97,7 @@ pub(crate) fn build(kernel: &Kernel) -> Result<()> {
 }
 
 /// Builds the guest's side alone: a folder with its kernel and initramfs.
-fn guest(kernel: &Kernel) -> Result<PathBuf> {
+pub(crate) fn guest(kernel: &Kernel) -> Result<PathBuf> {
     let arch = kernel.arch;
     step("agent", || {
         let mut command = cross::cargo("build", arch)?;
@@ -219,6 +219,11 @@ pub(crate) fn layout(arch: Arch) -> Result<PathBuf> {
         "nothing is built yet: run `cargo xtask build`, or use --no-install"
     );
     Ok(root)
+}
+
+/// What of it is the guest's: a folder as [`guest`] makes one.
+pub(crate) fn installed_guest(arch: Arch) -> Result<PathBuf> {
+    Ok(layout(arch)?.join(SHARE))
 }
 
 /// Lays the installation out under `root/`, with the configuration that names its kernel.

@@ -6,7 +6,11 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
-#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), test))]
+#[cfg(any(
+    all(target_os = "macos", target_arch = "aarch64"),
+    all(target_os = "linux", target_arch = "aarch64", feature = "hvf"),
+    test
+))]
 pub mod hvf;
 #[cfg(target_os = "linux")]
 pub mod kvm;
@@ -39,10 +43,16 @@ pub(crate) const SAVE_VCPU: &[crate::jail::Rule] = &[];
 pub(crate) const SAVE_VM: &[crate::jail::Rule] = &[];
 
 /// The hypervisor of the target this crate is built for.
-#[cfg(target_os = "linux")]
+#[cfg(all(
+    target_os = "linux",
+    not(all(target_arch = "aarch64", feature = "hvf"))
+))]
 pub type Host = kvm::Kvm;
-/// The hypervisor of the target this crate is built for.
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+/// The hypervisor of the target this crate is built for, or of its tests.
+#[cfg(all(
+    target_arch = "aarch64",
+    any(target_os = "macos", all(target_os = "linux", feature = "hvf"))
+))]
 pub type Host = hvf::Hvf;
 
 /// An open hypervisor.
