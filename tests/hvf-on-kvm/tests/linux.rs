@@ -23,8 +23,13 @@ use supermachine_protocol::ttrpc::context::with_timeout;
 use supermachine_vmm::devices::virtio::balloon::BalloonConfig;
 use supermachine_vmm::devices::virtio::console::{ConsoleConfig, PortConfig, PortEnds, PortEvent};
 use supermachine_vmm::devices::virtio::vsock::VsockConfig;
+use supermachine_vmm::hypervisor::Host;
+use supermachine_vmm::hypervisor::hvf::Hvf;
 use supermachine_vmm::{DiskConfig, Exit, RestoreConfig, RunningVm, Vm, VmConfig};
 use tempfile::TempDir;
+
+/// It is not KVM's backend that is tested here.
+const _: fn(Hvf) -> Host = |backend| backend;
 
 /// Names the folder with `vmlinux` and `initramfs.cpio`, as `xtask build --guest` makes it.
 const GUEST: &str = "SUPERMACHINE_GUEST";

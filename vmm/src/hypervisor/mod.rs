@@ -139,6 +139,15 @@ pub trait VmBackend: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Each vCPU is bound to its thread and none has been given its state: finishes what depends on
+    /// that, such as a [`restore`](Self::restore).
+    ///
+    /// # Errors
+    /// The call the host refused.
+    fn bound(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
     /// The interrupt line of a pin of the VM's interrupt controller. A pin may have several lines.
     ///
     /// # Errors
@@ -151,7 +160,7 @@ pub trait VmBackend: Send + Sync + 'static {
     /// The call the host refused.
     fn save(&self) -> Result<Self::State, HypervisorError>;
 
-    /// Writes it into a fresh VM whose vCPUs all exist and none has run.
+    /// Writes it into a fresh VM whose vCPUs have all been made and none has run.
     ///
     /// # Errors
     /// The call the host refused, which it does with a state that it can't hold.

@@ -169,13 +169,15 @@ where
     }
 
     pub(super) fn start(self) -> Result<Running, Error> {
-        let backend = self.backend;
+        let backend = Arc::new(self.backend);
+        let bound = Arc::clone(&backend);
         run::start(run::Parts {
             vcpus: self.vcpus,
             buses: self.buses,
             devices: self.devices,
             handles: self.handles,
             memory: self.memory,
+            bound: Box::new(move || bound.bound()),
             save_vm: Box::new(move || encode(&backend.save()?)),
         })
     }

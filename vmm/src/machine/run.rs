@@ -28,6 +28,8 @@ pub(super) struct Parts<S: VcpuSeed> {
     /// Guest RAM, and what the hypervisor holds of the VM: both must outlive the vCPUs.
     pub(super) memory: GuestMemory,
     pub(super) save_vm: SaveVm,
+    /// Tells the hypervisor that all are bound.
+    pub(super) bound: Box<dyn FnOnce() -> Result<(), HypervisorError>>,
 }
 
 /// The state of a vCPU before its first instruction here.
@@ -91,7 +93,8 @@ struct State {
     saved: Vec<Option<Result<Vec<u8>, HypervisorError>>>,
 }
 
-/// Starts a thread for each vCPU. All are bound before any runs.
+/// Starts a thread for each vCPU. All are bound before any gets its state, and have it before any
+/// runs.
 pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
     let count = parts.vcpus.len();
     let kickers = parts
@@ -146,13 +149,30 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         }
     }
     drop(report);
-    for _ in &starts {
-        match reports.recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => failed = Some(error.into()),
-            // Every thread reports before it can end.
-            Err(mpsc::RecvError) => break,
+    let all = || {
+        let mut result = Ok(());
+        for _ in &starts {
+            match reports.recv() {
+                Ok(report) => result = result.and(report),
+                // Every thread reports before it can end.
+                Err(mpsc::RecvError) => break,
+            }
         }
+        result
+    };
+    let go = || {
+        for start in &starts {
+            // The thread waits for it.
+            let _ = start.send(());
+        }
+    };
+    let bound = all().and_then(|()| (parts.bound)());
+    if failed.is_none() {
+        let ready = bound.and_then(|()| {
+            go();
+            all()
+        });
+        failed = ready.err().map(Error::from);
     }
     let running = Running {
         shared,
@@ -167,10 +187,7 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         None => {
             // Devices of a restored VM work on its memory: not before all else has come well.
             running.shared.devices.start_restored();
-            for start in starts {
-                // The thread waits for it.
-                let _ = start.send(());
-            }
+            go();
             Ok(running)
         }
     }
@@ -190,34 +207,40 @@ impl Thread {
             shared: &self.shared,
             exit: None,
         };
-        let mut vcpu = match seed
-            .bind()
-            .and_then(|mut vcpu| begin.apply(&mut vcpu).map(|()| vcpu))
-        {
-            Ok(vcpu) => vcpu,
-            Err(error) => {
-                out.exit = Some(Exit::Stopped);
-                let _ = self.report.send(Err(error));
-                return;
-            }
+        let Some(mut vcpu) = self.turn(seed.bind()) else {
+            out.exit = Some(Exit::Stopped);
+            return;
         };
+        let applied = begin.apply(&mut vcpu);
         // Its state is set; all that is left is to run.
         drop(begin);
         threads::narrow(&vcpu::VCPU);
-        let _ = self.report.send(Ok(()));
-        out.exit = match self.go.recv() {
-            Ok(()) => None,
-            Err(mpsc::RecvError) => Some(Exit::Stopped),
-        };
-        if out.exit.is_none() {
-            let post = Post {
-                shared: &self.shared,
-                index: self.index,
-            };
-            out.exit = Some(vcpu::run(&mut vcpu, buses, &post));
-        }
+        out.exit = Some(match self.turn(applied) {
+            Some(()) => {
+                let post = Post {
+                    shared: &self.shared,
+                    index: self.index,
+                };
+                vcpu::run(&mut vcpu, buses, &post)
+            }
+            None => Exit::Stopped,
+        });
         // The vCPU goes on its own thread, before it is counted out.
         drop(vcpu);
+    }
+
+    /// Reports what it has come to, and waits for the others; nothing if it is not to go on.
+    fn turn<T>(&self, result: Result<T, HypervisorError>) -> Option<T> {
+        match result {
+            Ok(done) => {
+                let _ = self.report.send(Ok(()));
+                self.go.recv().ok().map(|()| done)
+            }
+            Err(error) => {
+                let _ = self.report.send(Err(error));
+                None
+            }
+        }
     }
 }
 

@@ -19,7 +19,7 @@ mod vcpu;
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use applevisor::error::HypervisorError as HvError;
 use applevisor::gic::{GicConfig, GicIntId};
@@ -85,6 +85,7 @@ impl Hypervisor for Hvf {
                 instance: RwLock::new(Some(vm)),
                 processors: Processors::default(),
                 epoch: Mutex::new(counter()),
+                late: Mutex::new(None),
                 opaque: AtomicU64::new(0),
                 slots: Slots::default(),
             }),
@@ -177,9 +178,19 @@ struct Machine {
     /// What the host's counter showed when the guest's was at 0: one for all vCPUs, lest their
     /// clocks disagree.
     epoch: Mutex<u64>,
+    /// What the interrupt controller is to hold once all vCPUs are there.
+    late: Mutex<Option<Late>>,
     /// Accesses of the guest whose syndrome did not say what they do.
     opaque: AtomicU64,
     slots: Slots,
+}
+
+/// An interrupt controller before it has been restored.
+#[derive(Debug)]
+struct Late {
+    gic: Vec<u8>,
+    /// Levels of lines that were set since.
+    lines: Vec<(u32, bool)>,
 }
 
 impl Machine {
@@ -190,6 +201,10 @@ impl Machine {
     ) -> Result<T, HvError> {
         let instance = self.instance.read().unwrap_or_else(PoisonError::into_inner);
         instance.as_ref().map_or(Err(HvError::NoDevice), f)
+    }
+
+    fn late(&self) -> MutexGuard<'_, Option<Late>> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn epoch(&self) -> u64 {
@@ -249,6 +264,11 @@ impl VmBackend for HvfVm {
         Ok(HvfSeed::new(Arc::clone(&self.machine), index))
     }
 
+    /// The framework makes vCPUs as they are bound.
+    fn bound(&self) -> Result<(), HypervisorError> {
+        state::restore_gic(&self.machine)
+    }
+
     fn irq_line(&self, pin: u32) -> Result<HvfLine, HypervisorError> {
         Ok(HvfLine {
             machine: Arc::clone(&self.machine),
@@ -261,7 +281,8 @@ impl VmBackend for HvfVm {
     }
 
     fn restore(&self, state: &VmState) -> Result<(), HypervisorError> {
-        state::restore_vm(&self.machine, state)
+        state::restore_vm(&self.machine, state);
+        Ok(())
     }
 
     fn bind_doorbell(&self, _: u64, _: u32, _: &Doorbell) -> Result<Binding, HypervisorError> {
@@ -301,6 +322,10 @@ pub struct HvfLine {
 
 impl IrqLine for HvfLine {
     fn set(&self, high: bool) {
+        if let Some(late) = &mut *self.machine.late() {
+            late.lines.push((self.interrupt, high));
+            return;
+        }
         let set = self.machine.with(|vm| vm.gic_set_spi(self.interrupt, high));
         if let Err(error) = set {
             // Also when the VM has gone and a device has not.

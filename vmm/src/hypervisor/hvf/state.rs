@@ -10,7 +10,7 @@ use applevisor::vcpu::{Reg, SimdFpReg, SysReg, Vcpu as Raw};
 use serde::{Deserialize, Serialize};
 
 use super::registers::GENERAL;
-use super::{Machine, call, counter};
+use super::{Late, Machine, call, counter};
 use crate::hypervisor::HypervisorError;
 
 /// Beside the general ones.
@@ -155,16 +155,36 @@ pub(super) fn save_vm(machine: &Machine) -> Result<VmState, HypervisorError> {
     })
 }
 
-/// All vCPUs exist, each on its thread, and none has run: the framework drops without a word what
-/// the blob says of others.
-pub(super) fn restore_vm(machine: &Machine, state: &VmState) -> Result<(), HypervisorError> {
+/// The counter at once; the interrupt controller when there are vCPUs.
+pub(super) fn restore_vm(machine: &Machine, state: &VmState) {
     *machine
         .epoch
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner) = counter().wrapping_sub(state.counter);
+    *machine.late() = Some(Late {
+        gic: state.gic.clone(),
+        lines: Vec::new(),
+    });
+}
+
+/// All vCPUs exist, each on its thread, and none has run: the framework drops without a word what
+/// the blob says of others.
+pub(super) fn restore_gic(machine: &Machine) -> Result<(), HypervisorError> {
+    // Who sets a line meanwhile waits.
+    let mut late = machine.late();
+    let Some(Late { gic, lines }) = late.take() else {
+        return Ok(());
+    };
     machine
-        .with(|vm| vm.gic_state_create()?.set(&state.gic))
-        .map_err(call("hv_gic_set_state"))
+        .with(|vm| vm.gic_state_create()?.set(&gic))
+        .map_err(call("hv_gic_set_state"))?;
+    for (interrupt, high) in lines {
+        machine
+            .with(|vm| vm.gic_set_spi(interrupt, high))
+            .map_err(call("hv_gic_set_spi"))?;
+    }
+    drop(late);
+    Ok(())
 }
 
 pub(super) fn save_vcpu(vcpu: &Raw, on: bool) -> Result<VcpuState, HypervisorError> {

@@ -506,6 +506,27 @@ fn lines_are_levels_of_shared_interrupts() {
 }
 
 #[test]
+fn lines_that_are_set_before_there_are_vcpus_are_not_lost() {
+    let session = Session::begin();
+    let saved = vm();
+    let vcpu = first(&saved);
+    saved.irq_line(1).unwrap().set(true);
+    let state = saved.save().unwrap();
+    drop(vcpu);
+    drop(saved);
+
+    let restored = vm();
+    restored.restore(&state).unwrap();
+    let line = restored.irq_line(2).unwrap();
+    line.set(true);
+    let _vcpu = restored.create_vcpu(0).unwrap().bind().unwrap();
+    restored.bound().unwrap();
+    line.set(false);
+    let expected = [(33, true), (34, true), (34, false)];
+    assert_eq!(session.interrupts(), expected);
+}
+
+#[test]
 fn a_restored_vm_is_what_the_saved_one_was() {
     let session = Session::begin();
     let saved = vm();
@@ -523,9 +544,11 @@ fn a_restored_vm_is_what_the_saved_one_was() {
     drop(saved);
 
     let restored = vm();
-    let mut vcpu = restored.create_vcpu(0).unwrap().bind().unwrap();
+    let seed = restored.create_vcpu(0).unwrap();
     let (from_file, of_vcpu): (VmState, VcpuState) = serde_json::from_str(&words).unwrap();
     restored.restore(&from_file).unwrap();
+    let mut vcpu = seed.bind().unwrap();
+    restored.bound().unwrap();
     vcpu.restore(&of_vcpu).unwrap();
     assert_eq!(session.interrupts(), [(33, true)]);
     assert_eq!(vcpu.save().unwrap(), processor);
