@@ -8,9 +8,9 @@ use libtest_mimic::Trial;
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::program::Program;
 use supermachine_tests::work::{State, TICK, TICKS, VSOCK_PORT};
-use supermachine_vmm::VmConfig;
 
 use crate::bad;
+use crate::machine::command_line;
 use crate::support::World;
 
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
@@ -21,22 +21,16 @@ pub(crate) fn tests(world: &World) -> Vec<Trial> {
     ]
 }
 
-/// A kernel's command line, with what the guest is to do.
-fn cmdline(guest: &str) -> String {
-    let serial = VmConfig::SERIAL;
-    format!("console={serial} quiet reboot=t panic=-1 {guest}")
-}
-
 fn boot(world: &World) -> Result<()> {
     // The guest has nothing to do, says so and resets.
-    let said = run(world, "boot", &["--cmdline", &cmdline("")])?;
+    let said = run(world, "boot", &["--cmdline", &command_line("")])?;
     ensure!(said.contains("guest: GUEST="), "{said}");
     ensure!(said.contains("The VM ended: "), "{said}");
     Ok(())
 }
 
 fn balloon(world: &World) -> Result<()> {
-    let cmdline = cmdline("GUEST=wait");
+    let cmdline = command_line("GUEST=wait");
     let options = ["--cmdline", &cmdline, "--memory", "256", "--take", "100"];
     let said = run(world, "balloon", &options)?;
     ensure!(
@@ -55,7 +49,7 @@ fn snapshot(world: &World) -> Result<()> {
     let dir = tempfile::tempdir_in("/var/tmp")?;
     let disk = dir.path().join("original.disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
-    let cmdline = cmdline("GUEST=work");
+    let cmdline = command_line("GUEST=work");
     let options = [
         ["--cmdline", &cmdline],
         ["--vcpus", "2"],

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::shim::new_id;
+use supermachine_vmm::VmConfig;
 use supermachine_vmm::control::{
     BootSpec, ConsoleSpec, DiskSpec, Event, Exit, PortSpec, RestoreSpec, SpawnConfig, VmHandle,
 };
@@ -20,7 +21,12 @@ use crate::support::{World, equal};
 
 /// What a guest may take for anything, on an emulated machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+
+/// A kernel's command line, with what the guest is to do.
+pub(crate) fn command_line(guest: &str) -> String {
+    let serial = VmConfig::SERIAL;
+    format!("console={serial} quiet reboot=t panic=-1 {guest}")
+}
 
 /// A VM in a process of its own, and what it has said.
 pub(crate) struct Machine {
@@ -42,7 +48,7 @@ impl Machine {
             memory: 512 << 20,
             kernel: File::open(bad::kernel()?).context("open the kernel")?,
             initramfs: Some(File::open(initramfs).context("open the initramfs")?),
-            cmdline: COMMAND_LINE.to_owned(),
+            cmdline: command_line(""),
             serial: Some(machine.serial()?),
             disks: Vec::new(),
             console: None,
@@ -135,7 +141,7 @@ impl Told {
         let init = Initramfs::of_program(&ours.with_file_name("guest"))?;
         std::fs::write(&archive, init.finish()).context("write an initramfs")?;
         let machine = Machine::boot(world, &archive, |spec| {
-            spec.cmdline = format!("{COMMAND_LINE} GUEST={what}");
+            spec.cmdline = command_line(&format!("GUEST={what}"));
             spec.console = Some(ConsoleSpec {
                 ports: vec!["commands".to_owned()],
                 max_ports: 1,
