@@ -1,9 +1,9 @@
-//! Clones of a VM whose agent waits: what each learns of itself when the host connects.
+//! Clones of a VM that runs a container: what each learns of itself when the host connects.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -23,10 +23,13 @@ use crate::support::{World, equal};
 const IMAGE: &str = "image";
 /// How late a guest may be asked the time, in seconds.
 const LATE: u64 = 60;
-/// A container that shows what is the guest's own: it has no namespaces for that.
-const ASKS: &str = "date +%s; hostname; cat /proc/1/root/etc/machine-id; \
-    cat /proc/sys/kernel/random/boot_id; cat /proc/sys/kernel/random/uuid; \
-    head -c 16 /dev/urandom | od -An -tx1";
+/// Waits to be told, then shows what is the guest's own: it has no namespaces for that. The shell
+/// itself draws the first random numbers, so that clones would draw the same of the same state.
+const ASKS: &str = "echo ready; read told; \
+    read uuid < /proc/sys/kernel/random/uuid; read boot < /proc/sys/kernel/random/boot_id; \
+    echo $uuid; echo $boot; date +%s; hostname; cat /proc/1/root/etc/machine-id";
+const STDIN: u32 = protocol::FIRST_STDIO_PORT;
+const STDOUT: u32 = STDIN + 1;
 
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![world.vm_test("clones::each_is_told_who_it_is", identity)]
@@ -41,7 +44,7 @@ fn identity(world: &World) -> Result<()> {
         .arg(&image)
         .arg("32M");
     Program::run(make, world.host.deadline)?.success()?;
-    let snapshot = snapshot(world, dir.path())?;
+    let snapshot = snapshot(world, dir.path(), &image)?;
 
     // Times nothing but the host could have told them, one of them before the snapshot.
     let first = identity_of(1_000_000_000, "first", '1', 0xaa);
@@ -54,7 +57,7 @@ fn identity(world: &World) -> Result<()> {
         ensure!((time..time + LATE).contains(&own.time), "{told}: {own:?}");
         equal(&own.hostname, &told.hostname)?;
         equal(&own.machine_id, &told.machine_id)?;
-        ensure!(own.random.iter().all(|text| text.len() >= 32), "{own:?}");
+        ensure!(own.random.iter().all(|uuid| uuid.len() == 36), "{own:?}");
     }
     for (one, other) in first_has.random.iter().zip(&second_has.random) {
         ensure!(one != other, "both clones have {one}");
@@ -72,27 +75,72 @@ fn identity_of(seconds: i64, hostname: &str, digit: char, entropy: u8) -> Connec
     request
 }
 
-/// A VM whose agent listens and has been asked nothing; its one disk is empty.
-fn snapshot(world: &World, dir: &Path) -> Result<std::path::PathBuf> {
-    let empty = dir.join("empty");
-    File::create(&empty)?;
-    let vsock = vsock(&dir.join("original.sock"))?;
-    let disk = disk(&empty)?;
+/// A VM whose container waits.
+fn snapshot(world: &World, dir: &Path, image: &Path) -> Result<PathBuf> {
+    let socket = dir.join("original.sock");
+    let (vsock, disk) = (vsock(&socket)?, disk(image)?);
     let agent = bad::agent()?;
     let original = Machine::boot(world, &agent, |spec| {
         spec.disks = vec![disk];
         spec.vsock = Some(vsock);
         spec.console = Some(ConsoleSpec {
-            ports: (0..2).map(protocol::console_port_name).collect(),
-            max_ports: 2,
+            ports: (0..=STDOUT).map(protocol::console_port_name).collect(),
+            max_ports: STDOUT + 1,
         });
     })?;
     let log = File::create(dir.join("agent.log"))?;
     original.vm.attach_port(0, None, Some(log.into()))?;
     original.opened()?;
+    let (near, far) = ends()?;
+    original
+        .vm
+        .attach_port(STDIN, Some(far.try_clone()?.into()), None)?;
+    original.vm.attach_port(STDOUT, None, Some(far.into()))?;
+    let told = identity_of(1_500_000_000, "original", '3', 0xcc);
+    connected(&socket, &told, async |agent| {
+        let create = container()?;
+        agent
+            .create_container(with_duration(DEADLINE), &create)
+            .await?;
+        let mut start = protocol::ContainerRequest::new();
+        start.container_id = create.container_id;
+        agent
+            .start_container(with_duration(DEADLINE), &start)
+            .await?;
+        let mut line = String::new();
+        BufReader::new(&near).read_line(&mut line)?;
+        equal(line.as_str(), "ready\n")
+    })?;
     let snapshot = original.snapshot(dir)?;
     original.end()?;
     Ok(snapshot)
+}
+
+/// Does something with an agent that has been told who it is.
+fn connected<T>(
+    socket: &Path,
+    told: &ConnectRequest,
+    then: impl AsyncFnOnce(&AgentClient) -> Result<T>,
+) -> Result<T> {
+    let stream = dial(socket)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        let agent = AgentClient::new(Client::new(Socket::from(stream)));
+        let mut events = agent.connect(with_duration(DEADLINE), told).await?;
+        let first = events.recv().await?.context("no greeting")?;
+        ensure!(first.has_ready(), "{first}");
+        then(&agent).await
+    })
+}
+
+/// Both ends of a container's streams; on ours nothing is waited for longer than [`DEADLINE`].
+fn ends() -> Result<(UnixStream, UnixStream)> {
+    let (near, far) = UnixStream::pair().context("no sockets")?;
+    near.set_read_timeout(Some(DEADLINE))?;
+    Ok((near, far))
 }
 
 fn vsock(socket: &Path) -> Result<VsockSpec> {
@@ -114,8 +162,8 @@ struct Own {
     time: u64,
     hostname: String,
     machine_id: String,
-    /// What its kernel's generator gives: the boot's id, a fresh id, bytes.
-    random: [String; 3],
+    /// What its kernel's generator gave: an id, and the boot's.
+    random: [String; 2],
 }
 
 impl Own {
@@ -124,48 +172,38 @@ impl Own {
         let dir = tempfile::tempdir_in(world.files()?)?;
         let socket = dir.path().join("vsock");
         let (vsock, disk) = (vsock(&socket)?, disk(image)?);
-        let (said, output) = UnixStream::pair()?;
-        said.set_read_timeout(Some(DEADLINE))?;
+        let (near, far) = ends()?;
+        let (input, output) = (far.try_clone()?, far);
         let clone = Machine::restore(world, snapshot, |spec| {
             spec.disks = vec![disk];
             spec.vsock = Some(vsock);
-            spec.max_ports = 2;
-            spec.ports = vec![PortSpec {
-                port: protocol::FIRST_STDIO_PORT,
-                input: None,
-                output: Some(output.into()),
-            }];
+            spec.max_ports = STDOUT + 1;
+            spec.ports = vec![
+                PortSpec {
+                    port: STDIN,
+                    input: Some(input.into()),
+                    output: None,
+                },
+                PortSpec {
+                    port: STDOUT,
+                    input: None,
+                    output: Some(output.into()),
+                },
+            ];
         })?;
-        let agent = dial(&socket)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let lines = runtime.block_on(async {
-            let agent = AgentClient::new(Client::new(Socket::from(
-                tokio::net::UnixStream::from_std(agent)?,
-            )));
-            let mut events = agent.connect(with_duration(DEADLINE), told).await?;
-            let ready = events.recv().await?.context("no greeting")?;
-            ensure!(ready.has_ready(), "{ready}");
-            agent
-                .create_container(with_duration(DEADLINE), &container()?)
-                .await?;
-            let mut start = protocol::ContainerRequest::new();
-            start.container_id = "asks".to_owned();
-            agent
-                .start_container(with_duration(DEADLINE), &start)
-                .await?;
-            let lines = BufReader::new(said).lines().take(6);
+        let lines = connected(&socket, told, async |_| {
+            writeln!(&near, "told")?;
+            let lines = BufReader::new(&near).lines().take(5);
             lines.collect::<Result<Vec<_>, _>>().context("no answers")
         })?;
         clone.end()?;
-        let [time, hostname, machine_id, random @ ..] =
-            <[String; 6]>::try_from(lines).map_err(|lines| anyhow::anyhow!("{lines:?}"))?;
+        let [uuid, boot, time, hostname, machine_id] =
+            <[String; 5]>::try_from(lines).map_err(|lines| anyhow::anyhow!("{lines:?}"))?;
         Ok(Self {
             time: time.parse()?,
             hostname,
             machine_id,
-            random,
+            random: [uuid, boot],
         })
     }
 }
@@ -209,7 +247,7 @@ fn container() -> Result<protocol::CreateContainerRequest> {
     let mut rootfs = protocol::Rootfs::new();
     rootfs.set_single_disk(disk);
     let mut stdio = protocol::Stdio::new();
-    stdio.stdout_port = protocol::FIRST_STDIO_PORT;
+    (stdio.stdin_port, stdio.stdout_port) = (STDIN, STDOUT);
     let mut request = protocol::CreateContainerRequest::new();
     request.container_id = "asks".to_owned();
     request.rootfs = Some(rootfs).into();
