@@ -58,7 +58,9 @@ pub(crate) fn run() -> Result<()> {
         on_disk(&disk, &state)?;
         let State { step, hash, .. } = state;
         let told = latest.change(|latest| (latest.step, latest.hash) = (step, hash));
-        writeln!(port, "{told}").context("cannot write to the port")?;
+        // At once: a snapshot is not to be taken in the middle of a line.
+        port.write_all(format!("{told}\n").as_bytes())
+            .context("cannot write to the port")?;
     }
 }
 
