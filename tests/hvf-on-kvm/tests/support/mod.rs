@@ -7,12 +7,12 @@ use std::ptr::{null, null_mut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hvf_on_kvm::applevisor_sys::{
-    HV_MEMORY_EXEC, HV_MEMORY_READ, HV_MEMORY_WRITE, hv_exit_reason_t, hv_gic_config_create,
-    hv_gic_config_set_distributor_base, hv_gic_config_set_redistributor_base, hv_gic_create,
-    hv_reg_t, hv_return_t, hv_sys_reg_t, hv_vcpu_create, hv_vcpu_destroy, hv_vcpu_exit_t,
-    hv_vcpu_get_reg, hv_vcpu_get_sys_reg, hv_vcpu_run, hv_vcpu_set_reg, hv_vcpu_set_sys_reg,
-    hv_vm_config_create, hv_vm_config_get_max_ipa_size, hv_vm_config_set_ipa_size, hv_vm_create,
-    hv_vm_destroy, hv_vm_map, hv_vm_unmap, os_release,
+    HV_MEMORY_EXEC, HV_MEMORY_READ, HV_MEMORY_WRITE, hv_error_t, hv_exit_reason_t,
+    hv_gic_config_create, hv_gic_config_set_distributor_base, hv_gic_config_set_redistributor_base,
+    hv_gic_create, hv_reg_t, hv_return_t, hv_sys_reg_t, hv_vcpu_create, hv_vcpu_destroy,
+    hv_vcpu_exit_t, hv_vcpu_get_reg, hv_vcpu_get_sys_reg, hv_vcpu_run, hv_vcpu_set_reg,
+    hv_vcpu_set_sys_reg, hv_vm_config_create, hv_vm_config_get_max_ipa_size,
+    hv_vm_config_set_ipa_size, hv_vm_create, hv_vm_destroy, hv_vm_map, hv_vm_unmap, os_release,
 };
 
 /// Where things are in the guest, as the VMM has them.
@@ -124,8 +124,12 @@ impl Drop for Vm {
     fn drop(&mut self) {
         // SAFETY: takes no pointers.
         let codes = unsafe { [hv_vm_unmap(RAM, RAM_SIZE), hv_vm_destroy()] };
+        // While nobody else has one.
+        // SAFETY: takes no pointers.
+        let again = unsafe { hv_vm_destroy() };
         if !std::thread::panicking() {
             codes.into_iter().for_each(done);
+            assert_eq!(again, (hv_error_t::HV_NO_DEVICE as u32).cast_signed());
         }
     }
 }
