@@ -86,7 +86,7 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<bool> {
         return end_to_end(filter, total);
     }
     let mut good = units(args, total)?;
-    if args.package.is_none() && args.e2e.is_none() {
+    if args.package.is_none() {
         good &= end_to_end(CONTAINERS, total)?;
         if kernel::cached(ARCH)?.is_some() {
             good &= end_to_end(MACHINES, total)?;
