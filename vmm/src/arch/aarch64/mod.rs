@@ -186,3 +186,17 @@ pub(crate) fn vcpu_setup(_: &CpuCaps, index: u32, _: u32, entry: Entry) -> VcpuS
         entry: (index == 0).then_some(entry),
     }
 }
+
+/// A system register as an assembler takes it, `S3_0_C12_C12_5`, by op0, op1, CRn, CRm and op2 as an
+/// instruction has them.
+pub(crate) fn register_name(encoding: u32) -> String {
+    let field = |at: u32, mask: u32| encoding >> at & mask;
+    format!(
+        "S{}_{}_C{}_C{}_{}",
+        field(14, 3),
+        field(11, 7),
+        field(7, 0xf),
+        field(3, 0xf),
+        field(0, 7)
+    )
+}

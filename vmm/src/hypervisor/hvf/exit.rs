@@ -1,5 +1,7 @@
 //! What an exception of the guest means: the syndrome register, field by field (Arm ARM, `ESR_EL2`).
 
+use crate::arch::aarch64::register_name;
+
 /// Bytes of an instruction.
 pub(super) const INSTRUCTION: u64 = 4;
 
@@ -108,14 +110,6 @@ impl Access {
 impl SystemRegister {
     /// `S3_0_C12_C12_5`, as an assembler takes it.
     pub(super) fn name(self) -> String {
-        let field = |at: u32, mask: u32| self.encoding >> at & mask;
-        format!(
-            "S{}_{}_C{}_C{}_{}",
-            field(14, 3),
-            field(11, 7),
-            field(7, 0xf),
-            field(3, 0xf),
-            field(0, 7)
-        )
+        register_name(self.encoding)
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::call;
 use super::gic::GicState;
+use crate::arch::aarch64::register_name;
 use crate::hypervisor::HypervisorError;
 
 /// Registers of a vCPU at most: what a list holds.
@@ -161,15 +162,7 @@ fn name(id: u64) -> String {
     if id & u64::from(KVM_REG_ARM_COPROC_MASK) != u64::from(KVM_REG_ARM64_SYSREG) {
         return format!("register {id:#x}");
     }
-    let field = |at: u32, mask: u64| id >> at & mask;
-    format!(
-        "S{}_{}_C{}_C{}_{}",
-        field(14, 3),
-        field(11, 7),
-        field(7, 0xf),
-        field(3, 0xf),
-        field(0, 7)
-    )
+    register_name(id as u32 & 0xffff)
 }
 
 fn hexadecimal(value: &[u8]) -> String {
