@@ -39,16 +39,18 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let seconds = Duration::from_secs(args.seconds.max(1));
-    let [good, bad] = targets(seconds, &args.target)?;
-    println!("{good} targets passed, {bad} failed");
+    let outcomes = targets(seconds, &args.target)?;
+    let bad = outcomes.iter().filter(|(_, outcome)| outcome.is_err());
+    let bad = bad.count();
+    println!("{} targets passed, {bad} failed", outcomes.len() - bad);
     if bad > 0 {
         bail!("{bad} fuzz targets failed");
     }
     Ok(())
 }
 
-/// Runs targets, as many at once as there are processors; answers with how many passed and failed.
-pub(crate) fn targets(each: Duration, filter: &str) -> Result<[u32; 2]> {
+/// Runs targets, as many at once as there are processors; answers with how each ended.
+pub(crate) fn targets(each: Duration, filter: &str) -> Result<Vec<(String, Result<()>)>> {
     let built = step("fuzz targets", build)?;
     let names: VecDeque<String> = names()?
         .into_iter()
@@ -59,25 +61,24 @@ pub(crate) fn targets(each: Duration, filter: &str) -> Result<[u32; 2]> {
     }
     let at_once = thread::available_parallelism().map_or(1, usize::from);
     let left = Mutex::new(names);
-    let counts = Mutex::new([0, 0]);
+    let outcomes = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {
                 while let Some(name) = left.lock().ok().and_then(|mut left| left.pop_front()) {
                     let outcome = fuzz(&built, &name, each);
-                    let place = usize::from(outcome.is_err());
-                    match outcome {
+                    match &outcome {
                         Ok(executed) => eprintln!("    fuzz {name}: {executed}"),
                         Err(error) => eprintln!("xtask: fuzz {name}: {error:#}"),
                     }
-                    if let Ok(mut counts) = counts.lock() {
-                        counts[place] += 1;
+                    if let Ok(mut outcomes) = outcomes.lock() {
+                        outcomes.push((name, outcome.map(drop)));
                     }
                 }
             });
         }
     });
-    counts
+    outcomes
         .into_inner()
         .map_err(|_| anyhow::anyhow!("a thread that ran a fuzz target panicked"))
 }

@@ -1,14 +1,13 @@
 //! Tests of arm64: cross-built, then run in the arm64 lab as they would be on such a machine. First
 //! each crate's own, then containers under containerd there.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::total::Total;
-use super::{Tee, e2e};
+use super::{Tee, conclude, e2e};
 use crate::arch::Arch;
 use crate::lab::{self, Run};
 use crate::step::{output, step};
@@ -60,53 +59,46 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     if args.package.is_none() && args.e2e.is_none() {
         kernel::ensure(ARCH)?;
     }
-    let good = some(args, &mut total);
-    io::stderr().flush().context("cannot flush")?;
-    println!("{total}");
-    Ok(u8::from(!good || total.failed > 0))
+    counted(args, &mut total);
+    Ok(conclude(&total, ""))
 }
 
 /// Runs them and adds up what they report; that they could not be run is a failure too.
-pub(super) fn counted(total: &mut Total) -> bool {
-    some(&Args::default(), total)
-}
-
-fn some(args: &Args, total: &mut Total) -> bool {
-    step("arm64", || in_lab(args, total)).unwrap_or_else(|error| {
+pub(super) fn counted(args: &Args, total: &mut Total) {
+    if let Err(error) = step("arm64", || in_lab(args, total)) {
         eprintln!("xtask: {error:#}");
-        total.failed += 1;
-        false
-    })
+        total.fail("arm64", format!("{error:#}"));
+    }
 }
 
-fn in_lab(args: &Args, total: &mut Total) -> Result<bool> {
+fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
     lab::prepare(ARCH)?;
     if let Some(filter) = &args.e2e {
         build::ensure(ARCH)?;
         return end_to_end(filter, total);
     }
-    let mut good = units(args, total)?;
+    units(args, total)?;
     if args.package.is_none() {
-        good &= end_to_end(CONTAINERS, total)?;
+        end_to_end(CONTAINERS, total)?;
         if kernel::cached(ARCH)?.is_some() {
-            good &= end_to_end(MACHINES, total)?;
+            end_to_end(MACHINES, total)?;
         } else {
             eprintln!("    {MACHINES} skipped: `make test-arm64` builds the kernel they are for");
             total.skipped += 1;
         }
     }
-    Ok(good)
+    Ok(())
 }
 
-fn end_to_end(filter: &str, total: &mut Total) -> Result<bool> {
+fn end_to_end(filter: &str, total: &mut Total) -> Result<()> {
     let report = step(&format!("arm64: {filter} in the lab"), || {
         e2e::in_lab(ARCH, filter)
     })?;
-    total.add(report.total);
-    Ok(report.good)
+    report.add_to(total);
+    Ok(())
 }
 
-fn units(args: &Args, total: &mut Total) -> Result<bool> {
+fn units(args: &Args, total: &mut Total) -> Result<()> {
     let folder = step("arm64: test programs", || programs(args))?;
     let guest = guest(args)?;
     let name = guest.as_deref().and_then(Path::file_name);
@@ -127,13 +119,8 @@ fn units(args: &Args, total: &mut Total) -> Result<bool> {
         ..Run::default()
     };
     let status = step("arm64: tests in the lab", || lab::run_bare(run, &mut tee))?;
-    let counted = tee.total();
-    total.add(counted);
-    if status != 0 && counted.failed == 0 {
-        // It ended before it could count: that is a failure too.
-        total.failed += 1;
-    }
-    Ok(status == 0)
+    tee.add_to(total, "arm64: tests in the lab", status == 0);
+    Ok(())
 }
 
 /// Builds every test program and puts them in a folder.

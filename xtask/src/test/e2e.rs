@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use super::total::Total;
+use super::total::{Total, test_and_outcome};
 use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
@@ -27,9 +27,7 @@ const SLOWEST: usize = 10;
 #[derive(Debug)]
 pub(super) struct Report {
     version: Version,
-    pub(super) total: Total,
-    /// The program's own verdict.
-    pub(super) good: bool,
+    total: Total,
     /// The containerd's exact version.
     release: Option<String>,
     /// Tests left to the other run, as one containerd is enough for them.
@@ -38,6 +36,10 @@ pub(super) struct Report {
 }
 
 impl Report {
+    pub(super) fn add_to(self, total: &mut Total) {
+        total.add(self.total, Some(self.version.name()));
+    }
+
     /// For the last line of a test run.
     pub(super) fn describe(reports: &[Self]) -> String {
         let mut releases = Vec::new();
@@ -125,10 +127,16 @@ fn on_one(
     let mut watch = Watch::new(version);
     let status = programs::launch(place, launch, &mut watch)?;
     let mut report = watch.report;
-    report.good = status == 0;
-    if !report.good && report.total.failed == 0 {
+    if status != 0 && report.total.failed == 0 {
         // It ended before it could count: that is a failure too.
-        report.total.failed += 1;
+        let last = report.durations.last().map(|(name, _)| name.as_str());
+        report.total.fail(
+            "e2e",
+            format!(
+                "ended with status {status} after {}",
+                last.unwrap_or("its start")
+            ),
+        );
     }
     Ok(report)
 }
@@ -161,7 +169,6 @@ impl Watch {
         let report = Report {
             version,
             total: Total::default(),
-            good: false,
             release: None,
             left_out: 0,
             durations: Vec::new(),
@@ -176,6 +183,7 @@ impl Watch {
     fn take_line(&mut self, line: &str) {
         let version = self.report.version.name();
         let report = &mut self.report;
+        report.total.take_line(line);
         if let Some((name, outcome)) = test_and_outcome(line) {
             let took = self.since.elapsed();
             self.since = Instant::now();
@@ -195,7 +203,6 @@ impl Watch {
         } else if let Some(count) = line.strip_prefix("left out: ") {
             report.left_out = count.trim().parse().unwrap_or(0);
         }
-        report.total.add(Total::of_line(line).unwrap_or_default());
         eprintln!("    {version} {line}");
     }
 }
@@ -216,12 +223,6 @@ impl Write for Watch {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// The parts of `test NAME ... OUTCOME`.
-fn test_and_outcome(line: &str) -> Option<(&str, &str)> {
-    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
-    Some((name.trim(), outcome.trim()))
 }
 
 #[cfg(test)]

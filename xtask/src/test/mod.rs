@@ -42,10 +42,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<u8> {
     let begin = Instant::now();
     let mut total = Total::default();
-    let mut good = true;
     let filter = args.e2e.as_deref().filter(|name| !name.is_empty());
     if filter.is_none() {
-        good &= check(&mut total)?;
+        check(&mut total)?;
     }
     let mut where_run = String::new();
     if !args.quick {
@@ -53,32 +52,36 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             .containerd
             .map_or_else(|| Version::ALL.to_vec(), |one| vec![one]);
         let reports = e2e::run(&versions, filter, args.runs)?;
-        for report in &reports {
-            total.add(report.total);
-            good &= report.good;
-        }
         where_run = Report::describe(&reports);
+        for report in reports {
+            report.add_to(&mut total);
+        }
     }
     if filter.is_none()
         && let Some(seconds) = args.fuzz
         && in_time(args, begin, "fuzz", &mut total)
     {
         let seconds = Duration::from_secs(seconds.max(1));
-        let [passed, failed] = step("fuzz", || fuzz::targets(seconds, ""))?;
-        total.add(Total {
-            passed,
-            failed,
-            skipped: 0,
-        });
+        for (name, outcome) in step("fuzz", || fuzz::targets(seconds, ""))? {
+            match outcome {
+                Ok(()) => total.passed += 1,
+                Err(error) => total.fail(&format!("fuzz {name}"), format!("{error:#}")),
+            }
+        }
     }
     // It has nothing to do with a containerd: a run on one alone is about that.
     let whole = !args.quick && filter.is_none() && args.containerd.is_none();
     if whole && in_time(args, begin, "arm64", &mut total) {
-        good &= arm64::counted(&mut total);
+        arm64::counted(&arm64::Args::default(), &mut total);
     }
-    io::stderr().flush().context("cannot flush")?;
-    println!("{total}{where_run}");
-    Ok(u8::from(!good || total.failed > 0))
+    Ok(conclude(&total, &where_run))
+}
+
+/// Says what failed once more, then the total; the exit status.
+fn conclude(total: &Total, more: &str) -> u8 {
+    eprint!("{}", total.failures());
+    println!("{total}{more}");
+    u8::from(total.failed > 0)
 }
 
 /// Whether there is time left for what takes long and comes last; if not, that is said and counted.
@@ -97,7 +100,7 @@ fn in_time(args: &Args, begin: Instant, name: &str, total: &mut Total) -> bool {
 }
 
 /// Format, lints, unit tests and the macOS build; goes on after a failure, so that one run tells all.
-fn check(total: &mut Total) -> Result<bool> {
+fn check(total: &mut Total) -> Result<()> {
     // The last three are what unit tests make images with, and of.
     crate::apt::ensure(&[
         "gcc",
@@ -107,7 +110,7 @@ fn check(total: &mut Total) -> Result<bool> {
         "e2fsprogs",
         "erofs-utils",
     ])?;
-    let mut good = passes("format", cargo().args(["fmt", "--all", "--check"]));
+    passes("format", cargo().args(["fmt", "--all", "--check"]), total);
     let lints = [
         "clippy",
         "--workspace",
@@ -116,18 +119,19 @@ fn check(total: &mut Total) -> Result<bool> {
         "-D",
         "warnings",
     ];
-    good &= passes("lints", cargo().args(lints));
+    passes("lints", cargo().args(lints), total);
     let docs = ["doc", "-p", "supermachine-vmm", "--no-deps"];
-    good &= passes(
+    passes(
         "documentation",
         cargo().args(docs).env("RUSTDOCFLAGS", "-Dwarnings"),
+        total,
     );
     // Without the advisories: a test's result must not change with the day.
-    good &= reported(deny::check(true));
+    reported("licences", deny::check(true), total);
     let unit = ["test", "--workspace", "--no-fail-fast"];
-    good &= step("unit tests", || counted(cargo().args(unit), total))?;
-    good &= reported(macos::check());
-    Ok(good)
+    step("unit tests", || counted(cargo().args(unit), total))?;
+    reported("macOS", macos::check(), total);
+    Ok(())
 }
 
 /// The tests that hold the rules of layering, alone.
@@ -141,18 +145,19 @@ fn cargo() -> Command {
     command
 }
 
-fn passes(name: &str, command: &mut Command) -> bool {
-    reported(step(name, || call(command)))
+fn passes(name: &str, command: &mut Command, total: &mut Total) {
+    reported(name, step(name, || call(command)), total);
 }
 
-fn reported(result: Result<()>) -> bool {
-    result
-        .map_err(|error| eprintln!("xtask: {error:#}"))
-        .is_ok()
+fn reported(name: &str, result: Result<()>, total: &mut Total) {
+    if let Err(error) = result {
+        eprintln!("xtask: {error:#}");
+        total.fail(name, format!("{error:#}"));
+    }
 }
 
 /// Runs tests, showing their output and adding up what they report.
-fn counted(command: &mut Command, total: &mut Total) -> Result<bool> {
+fn counted(command: &mut Command, total: &mut Total) -> Result<()> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -162,12 +167,8 @@ fn counted(command: &mut Command, total: &mut Total) -> Result<bool> {
         io::copy(&mut pipe, &mut tee).context("cannot read cargo's output")?;
     }
     let status = child.wait().context("cannot wait for cargo")?;
-    let counted = tee.total();
-    total.add(counted);
-    if !status.success() && counted.failed == 0 {
-        total.failed += 1;
-    }
-    Ok(status.success())
+    tee.add_to(total, "unit tests", status.success());
+    Ok(())
 }
 
 /// Standard output, remembered to count results from.
@@ -177,12 +178,16 @@ struct Tee {
 }
 
 impl Tee {
-    fn total(&self) -> Total {
-        let mut total = Total::default();
+    /// Adds what was counted; what ended badly before it could count is a failure too.
+    fn add_to(&self, total: &mut Total, name: &str, good: bool) {
+        let mut counted = Total::default();
         for line in String::from_utf8_lossy(&self.said).lines() {
-            total.add(Total::of_line(line).unwrap_or_default());
+            counted.take_line(line);
         }
-        total
+        if !good && counted.failed == 0 {
+            counted.fail(name, "ended badly before it had counted a failure");
+        }
+        total.add(counted, None);
     }
 }
 

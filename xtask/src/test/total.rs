@@ -1,37 +1,94 @@
-//! What test programs counted.
+//! What test programs counted, and what failed, to be said once more where a run ends.
+
+/// Lines kept of what a failure said.
+const LINES: usize = 6;
+/// Characters kept of each of them.
+const WIDTH: usize = 240;
 
 /// Tests by how they ended.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Total {
     pub(super) passed: u32,
     pub(super) failed: u32,
     pub(super) skipped: u32,
+    failures: Vec<Failure>,
+    /// The test whose words the next lines are.
+    speaker: Option<String>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Failure {
+    name: String,
+    said: Vec<String>,
 }
 
 impl Total {
-    pub(super) fn add(&mut self, other: Self) {
+    /// Counts what failed without being a test that says so, such as a step.
+    pub(super) fn fail(&mut self, name: &str, said: impl std::fmt::Display) {
+        self.failed += 1;
+        self.failures.push(Failure {
+            name: name.to_owned(),
+            said: said.to_string().lines().take(LINES).map(cut).collect(),
+        });
+    }
+
+    /// Adds what another run told; `place` is put behind the names of what failed there.
+    pub(super) fn add(&mut self, other: Self, place: Option<&str>) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.failures
+            .extend(other.failures.into_iter().map(|failure| Failure {
+                name: match place {
+                    Some(place) => format!("{} ({place})", failure.name),
+                    None => failure.name,
+                },
+                said: failure.said,
+            }));
     }
 
-    /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    pub(super) fn of_line(line: &str) -> Option<Self> {
-        let counts = line
-            .trim()
-            .strip_prefix("test result: ")?
-            .split_once(". ")?
-            .1;
-        let count = |word: &str| {
-            counts
-                .split("; ")
-                .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
-        };
-        Some(Self {
-            passed: count("passed")?,
-            failed: count("failed")?,
-            skipped: count("ignored").unwrap_or(0),
-        })
+    /// Counts by one line of a test program's output.
+    pub(super) fn take_line(&mut self, line: &str) {
+        if let Some((passed, failed, skipped)) = counts(line) {
+            self.passed += passed;
+            self.failed += failed;
+            self.skipped += skipped;
+            self.speaker = None;
+        } else if let Some((name, outcome)) = test_and_outcome(line) {
+            if outcome.starts_with("FAILED") {
+                self.failures.push(Failure {
+                    name: name.to_owned(),
+                    said: Vec::new(),
+                });
+            }
+        } else if let Some(heading) = line.strip_prefix("---- ") {
+            self.speaker = heading
+                .strip_suffix(" ----")
+                .map(|name| name.strip_suffix(" stdout").unwrap_or(name).to_owned());
+        } else if line == "failures:" {
+            self.speaker = None;
+        } else if let Some(speaker) = &self.speaker
+            && !line.trim().is_empty()
+            && let Some(failure) = self
+                .failures
+                .iter_mut()
+                .rfind(|failure| failure.name == *speaker)
+            && failure.said.len() < LINES
+        {
+            failure.said.push(cut(line));
+        }
+    }
+
+    /// What failed and the first it said, for the end of a long run.
+    pub(super) fn failures(&self) -> String {
+        let mut text = String::new();
+        for failure in &self.failures {
+            text.push_str(&format!("failed: {}\n", failure.name));
+            for line in &failure.said {
+                text.push_str(&format!("    {line}\n"));
+            }
+        }
+        text
     }
 }
 
@@ -41,26 +98,77 @@ impl std::fmt::Display for Total {
             passed,
             failed,
             skipped,
+            ..
         } = self;
         write!(to, "{passed} passed, {failed} failed, {skipped} skipped")
     }
+}
+
+/// The parts of `test NAME ... OUTCOME`.
+pub(super) fn test_and_outcome(line: &str) -> Option<(&str, &str)> {
+    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    Some((name.trim(), outcome.trim()))
+}
+
+/// Passed, failed and ignored of `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+fn counts(line: &str) -> Option<(u32, u32, u32)> {
+    let counts = line
+        .trim()
+        .strip_prefix("test result: ")?
+        .split_once(". ")?
+        .1;
+    let count = |word: &str| {
+        counts
+            .split("; ")
+            .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
+    };
+    Some((
+        count("passed")?,
+        count("failed")?,
+        count("ignored").unwrap_or(0),
+    ))
+}
+
+fn cut(line: &str) -> String {
+    line.chars().take(WIDTH).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::Total;
 
+    fn told(said: &str) -> Total {
+        let mut total = Total::default();
+        said.lines().for_each(|line| total.take_line(line));
+        total
+    }
+
     #[test]
     fn reads_the_counts_of_libtest() {
-        let line = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s";
-        assert_eq!(
-            Total::of_line(line),
-            Some(Total {
-                passed: 3,
-                failed: 2,
-                skipped: 1
-            })
+        let total = told(
+            "running 3 tests\n\
+            test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s",
         );
-        assert_eq!(Total::of_line("running 3 tests"), None);
+        assert_eq!((total.passed, total.failed, total.skipped), (3, 2, 1));
+    }
+
+    #[test]
+    fn what_failed_is_said_again() {
+        let mut whole = Total::default();
+        whole.add(
+            told(
+                "test a::b ... FAILED\ntest a::c ... ok\n\nfailures:\n\n---- a::b stdout ----\n\n\
+                 thread 'a::b' panicked at a.rs:1:2:\nleft: 1\n\n\nfailures:\n    a::b\n\n\
+                 test result: FAILED. 1 passed; 1 failed; 0 ignored",
+            ),
+            Some("2.x"),
+        );
+        whole.fail("lints", "clippy: exit status: 101");
+        assert_eq!(whole.to_string(), "1 passed, 2 failed, 0 skipped");
+        assert_eq!(
+            whole.failures(),
+            "failed: a::b (2.x)\n    thread 'a::b' panicked at a.rs:1:2:\n    left: 1\n\
+             failed: lints\n    clippy: exit status: 101\n"
+        );
     }
 }
