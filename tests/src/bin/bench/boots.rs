@@ -143,7 +143,7 @@ fn marker_of(records: &[Record]) -> Result<u64> {
 }
 
 /// `vcpu 0 reason npf rip …`
-fn reason(record: &Record) -> String {
+pub(crate) fn reason(record: &Record) -> String {
     let mut words = record
         .text
         .split_whitespace()

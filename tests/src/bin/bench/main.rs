@@ -21,15 +21,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use supermachine_tests::disk::CASES;
 use supermachine_tests::step::say;
 use supermachine_tests::{RUNC, RUNTIME};
 
 use boots::{Boot, Exits};
 use containers::Host;
-use disks::{Cost, Measured};
 use guest::Init;
-use machine::{Files, Vmm};
+use machine::{Acpi, Cache, Files, Vmm};
 use memory::Idle;
 use report::{Report, durations, milliseconds};
 use trace::Tracer;
@@ -90,21 +88,25 @@ fn run(args: &Args) -> Result<()> {
     let dir = tempfile::tempdir_in("/var/tmp").context("no folder for the bench")?;
     let out = std::env::var_os("SUPERMACHINE_OUT").map_or_else(|| dir.path().into(), PathBuf::from);
     let (kernel, agent) = configured(&args.config)?;
+    let qemu = on_path(&QEMU)?;
     let bench = Bench {
         files: Files::new(kernel, agent, dir.path())?,
         ours: Vmm::Ours(on_path(&[&args.vmm.to_string_lossy()])?),
-        qemu: Vmm::Qemu(on_path(&QEMU)?),
+        with_acpi: Vmm::Qemu(qemu.clone(), Acpi::On),
+        qemu: Vmm::Qemu(qemu, Acpi::Off),
         tracer: Tracer::open()?,
         out,
         runs: args.runs,
     };
-    let mut report = Report::default();
-    if !args.icount {
-        bench.disks(&mut report);
-        if args.disks {
-            return report.finish("Wall time, disks", "disks.md");
-        }
+    let disks = if args.icount {
+        Ok(())
+    } else {
+        bench.disks().finish("Wall time, disks", "disks.md")
+    };
+    if args.disks {
+        return disks;
     }
+    let mut report = Report::new(&["supermachine", "beside"]);
     if !args.icount && !args.no_containers {
         containers(&mut report, &args.images, args.runs);
     }
@@ -120,7 +122,7 @@ fn run(args: &Args) -> Result<()> {
     if args.icount {
         report.finish("Counted in instructions (1 ms is a million)", "icount.md")
     } else {
-        report.finish("Wall time", "wall.md")
+        report.finish("Wall time", "wall.md").and(disks)
     }
 }
 
@@ -205,6 +207,7 @@ struct Bench {
     files: Files,
     ours: Vmm,
     qemu: Vmm,
+    with_acpi: Vmm,
     tracer: Tracer,
     out: PathBuf,
     runs: usize,
@@ -213,9 +216,14 @@ struct Bench {
 impl Bench {
     /// By turns; the first of each finds cold caches and is not counted.
     fn boots(&self, report: &mut Report) {
-        let (mut ours, mut qemu, mut agent) = (Vec::new(), Vec::new(), Vec::new());
+        let [mut ours, mut qemu, mut with_acpi] = [const { Vec::new() }; 3];
+        let mut agent = Vec::new();
         for turn in 0..=self.runs {
-            for (vmm, boots) in [(&self.ours, &mut ours), (&self.qemu, &mut qemu)] {
+            for (vmm, boots) in [
+                (&self.ours, &mut ours),
+                (&self.qemu, &mut qemu),
+                (&self.with_acpi, &mut with_acpi),
+            ] {
                 let boot = boots::boot(&self.tracer, vmm, &self.files);
                 boots.extend(report.take(vmm.name(), boot).filter(|_| turn > 0));
             }
@@ -236,6 +244,8 @@ impl Bench {
             pick(&ours, end),
             pick(&qemu, end),
         );
+        let name = format!("the former of {}", self.with_acpi.name());
+        report.row(&name, "—", pick(&with_acpi, init));
         report.row(
             "exec of the VMM to agent ready, all devices",
             milliseconds(&agent),
@@ -250,6 +260,8 @@ impl Bench {
         };
         let ours = report.take("exits of supermachine", exits(&self.ours, "exits-ours.txt"));
         let qemu = report.take("exits of QEMU", exits(&self.qemu, "exits-qemu.txt"));
+        let with_acpi = exits(&self.with_acpi, "exits-qemu-acpi.txt");
+        let with_acpi = report.take("exits of QEMU with ACPI", with_acpi);
         let of = |exits: &Option<Exits>, text: fn(&Exits) -> String| {
             exits.as_ref().map_or_else(|| "—".to_owned(), text)
         };
@@ -267,6 +279,9 @@ impl Bench {
             of(&ours, reasons),
             of(&qemu, reasons),
         );
+        let name = format!("exits of {}, and their reasons", self.with_acpi.name());
+        let all: fn(&Exits) -> String = |exits| format!("{}: {}", exits.total, reasons(exits));
+        report.row(&name, "—", of(&with_acpi, all));
     }
 
     /// VMs that go on from a snapshot; the first finds cold caches and is not counted.
@@ -328,42 +343,23 @@ impl Bench {
         );
     }
 
-    /// Disk I/O, one VMM after the other.
-    fn disks(&self, report: &mut Report) {
-        let beside = format!("(beside: {})", self.qemu.name());
-        let [ours, qemu] = [&self.ours, &self.qemu].map(|vmm| {
-            let measured = disks::measure(vmm, &self.files);
-            report.take(&format!("disk of {}", vmm.name()), measured)
-        });
-        for (place, case) in CASES.iter().enumerate() {
-            let text = |measured: &Option<Vec<Measured>>| {
-                let one = measured.as_ref().and_then(|measured| measured.get(place));
-                one.map_or_else(|| "—".to_owned(), |one| one.text(case))
-            };
-            report.row(
-                &format!("disk: {} {beside}", case.name),
-                text(&ours),
-                text(&qemu),
-            );
-        }
-        let [ours, qemu] = [&self.ours, &self.qemu].map(|vmm| {
-            let costs = disks::costs(&self.tracer, vmm, &self.files);
-            report.take(&format!("disk exits of {}", vmm.name()), costs)
-        });
-        for (place, case) in CASES.iter().enumerate() {
-            let text = |costs: &Option<Vec<Cost>>| {
-                let one = costs.as_ref().and_then(|costs| costs.get(place));
-                one.map_or_else(
-                    || "—".to_owned(),
-                    |one| format!("{:.2} / {:.2}", one.exits, one.interrupts),
-                )
-            };
-            let name = format!("exits / interrupts of a request: {} {beside}", case.name);
-            report.row(&name, text(&ours), text(&qemu));
-        }
+    /// Disk I/O: ours, and QEMU's both ways.
+    fn disks(&self) -> Report {
+        let mut report = Report::new(&[
+            "supermachine",
+            "QEMU microvm, cache=writeback",
+            "QEMU microvm, cache=none",
+        ]);
+        let disks = [
+            (&self.ours, Cache::Page),
+            (&self.with_acpi, Cache::Page),
+            (&self.with_acpi, Cache::Direct),
+        ];
+        disks::report(&mut report, &disks, &self.files, &self.tracer, self.runs);
+        report
     }
 
-    /// The bare VMMs while their guest sleeps.
+    /// The bare VMMs while their guest sleeps; without ACPI no timer would wake QEMU.
     fn idle(&self, report: &mut Report) {
         let watch = |vmm: &Vmm| -> Result<Idle> {
             let running = vmm.boot(&self.files, Init::Idle)?;
@@ -372,10 +368,10 @@ impl Bench {
             idle?.pop().context("nothing was watched")
         };
         let ours = report.take("idle supermachine", watch(&self.ours));
-        let qemu = report.take("idle QEMU", watch(&self.qemu));
+        let qemu = report.take("idle QEMU", watch(&self.with_acpi));
         let name = format!(
             "idle VMM beside the guest's RAM, one disk, RSS / PSS / private dirty (beside: {})",
-            self.qemu.name()
+            self.with_acpi.name()
         );
         report.row(&name, memory_of(ours.as_ref()), memory_of(qemu.as_ref()));
         report.row(

@@ -7,16 +7,34 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use supermachine_tests::step::say;
 
-/// A Markdown table of figures, ours beside another's, and what is missing in it.
-#[derive(Debug, Default)]
+/// A Markdown table of figures, ours beside others', and what is missing in it.
+#[derive(Debug)]
 pub(crate) struct Report {
-    rows: Vec<[String; 3]>,
+    columns: &'static [&'static str],
+    rows: Vec<Vec<String>>,
     missing: Vec<String>,
 }
 
 impl Report {
+    /// An empty table: a column for what is measured, and these.
+    pub(crate) fn new(columns: &'static [&'static str]) -> Self {
+        Self {
+            columns,
+            rows: Vec::new(),
+            missing: Vec::new(),
+        }
+    }
+
+    /// A row of two figures.
     pub(crate) fn row(&mut self, what: &str, ours: impl Into<String>, other: impl Into<String>) {
-        self.rows.push([what.to_owned(), ours.into(), other.into()]);
+        self.rows
+            .push(vec![what.to_owned(), ours.into(), other.into()]);
+    }
+
+    /// A row of as many figures as there are columns.
+    pub(crate) fn wide(&mut self, what: &str, figures: impl IntoIterator<Item = String>) {
+        self.rows
+            .push(std::iter::once(what.to_owned()).chain(figures).collect());
     }
 
     /// Takes a figure, or notes why it is missing.
@@ -32,9 +50,11 @@ impl Report {
 
     /// Prints it, and keeps it where results go.
     pub(crate) fn finish(&self, title: &str, file: &str) -> Result<()> {
-        let mut text = format!("## {title}\n\n| | supermachine | beside |\n|---|---|---|\n");
-        for [what, ours, other] in &self.rows {
-            let _ = writeln!(text, "| {what} | {ours} | {other} |");
+        let names = self.columns.join(" | ");
+        let rule = "---|".repeat(self.columns.len());
+        let mut text = format!("## {title}\n\n| | {names} |\n|---|{rule}\n");
+        for cells in &self.rows {
+            let _ = writeln!(text, "| {} |", cells.join(" | "));
         }
         for missing in &self.missing {
             let _ = write!(text, "\nMissing: {}\n", missing.replace('\n', " "));
