@@ -19,6 +19,9 @@ pub(crate) struct Args {
     /// Only the figures counted in instructions (a lab of one processor)
     #[arg(long)]
     icount_only: bool,
+    /// Only the figures in wall time
+    #[arg(long, conflicts_with = "icount_only")]
+    wall_only: bool,
     /// Passed on to the bench program
     #[arg(last = true)]
     args: Vec<String>,
@@ -57,6 +60,6 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         })
     };
     let wall = if args.icount_only { 0 } else { launch(false)? };
-    let instructions = launch(true)?;
+    let instructions = if args.wall_only { 0 } else { launch(true)? };
     Ok(wall.max(instructions))
 }

@@ -27,7 +27,7 @@ const DISK: u64 = 16 << 20;
 /// The disk that I/O is measured on: more than the guest could cache.
 const DATA: u64 = 256 << 20;
 /// What the guest that does disk I/O is told beside [`COMMAND_LINE`].
-const DISK_IO: &str = "GUEST=disk";
+const DISK_IO: &str = "GUEST=disk GUEST_MILLISECONDS=";
 /// The longest a guest may take on an emulated machine.
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -38,15 +38,22 @@ pub(crate) struct Files {
     pub(crate) kernel: PathBuf,
     /// The agent's initramfs, where it is built.
     pub(crate) agent: PathBuf,
+    /// How long each case of disk I/O takes.
+    case: Duration,
     dir: PathBuf,
 }
 
 impl Files {
     /// Makes what the guest needs in `dir`.
-    pub(crate) fn new(kernel: PathBuf, agent: PathBuf, dir: &Path) -> Result<Self> {
+    pub(crate) fn new(
+        (kernel, agent): (PathBuf, PathBuf),
+        case: Duration,
+        dir: &Path,
+    ) -> Result<Self> {
         let files = Self {
             kernel,
             agent,
+            case,
             dir: dir.to_path_buf(),
         };
         for init in [Init::Reset, Init::Idle] {
@@ -145,11 +152,12 @@ impl Vmm {
         let (archive, data) = (files.dir.join("disk.cpio"), files.dir.join("data"));
         let serial = files.dir.join("serial");
         let log = File::create(&serial).context("cannot keep serial output")?;
+        let cmdline = format!("{COMMAND_LINE} {DISK_IO}{}", files.case.as_millis());
         match self {
             Self::Ours(exe) => {
                 let mut spec = bare(files, Init::Reset)?;
                 spec.initramfs = Some(open(&archive)?);
-                spec.cmdline = format!("{COMMAND_LINE} {DISK_IO}");
+                spec.cmdline = cmdline;
                 spec.serial = Some(log.into());
                 let data = File::options().read(true).write(true).open(&data);
                 if let Some(disk) = spec.disks.first_mut() {
@@ -164,7 +172,7 @@ impl Vmm {
                     kernel: files.kernel.clone(),
                     initramfs: archive,
                     disk: data,
-                    cmdline: format!("{COMMAND_LINE} {DISK_IO}"),
+                    cmdline,
                     serial: format!("file:{}", serial.display()),
                     io: Some(cache),
                 },
