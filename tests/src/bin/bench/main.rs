@@ -45,7 +45,7 @@ const DISKS: [&str; 3] = [
 ];
 /// How long each case of disk I/O takes in wall time, and where the clock counts instructions.
 const MEASURED: Duration = Duration::from_secs(2);
-const COUNTED: Duration = Duration::from_millis(200);
+const COUNTED: Duration = Duration::from_millis(50);
 const COUNTED_TITLE: &str = "Counted in instructions (1 ms is a million)";
 
 #[derive(Debug, Parser)]
