@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// The end-to-end tests that are run there: containers, and the VMM alone with a Linux guest.
 const CONTAINERS: &str = "output::";
-const MACHINES: &str = "examples::";
+const MACHINES: [&str; 3] = ["examples::", "slots::", "clones::"];
 
 /// Runs each program of a folder with these arguments, the next also after one that failed.
 const EACH: &str = "status=0; for program in /mnt/tests-arm64/*; do \
@@ -81,10 +81,14 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
     if args.package.is_none() {
         end_to_end(CONTAINERS, total)?;
         if kernel::cached(ARCH)?.is_some() {
-            end_to_end(MACHINES, total)?;
+            for group in MACHINES {
+                end_to_end(group, total)?;
+            }
         } else {
-            eprintln!("    {MACHINES} skipped: `make test-arm64` builds the kernel they are for");
-            total.skipped += 1;
+            for group in MACHINES {
+                eprintln!("    {group} skipped: `make test-arm64` builds the kernel they are for");
+                total.skipped += 1;
+            }
         }
     }
     Ok(())
