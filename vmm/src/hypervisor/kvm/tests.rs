@@ -34,7 +34,10 @@ macro_rules! guest {
     };
 }
 
+mod fixture;
 mod guests;
+
+pub(super) use fixture::{Fixture, travelled};
 
 #[test]
 fn a_host_without_kvm_says_so() {

@@ -1,7 +1,6 @@
 //! Guests of a few instructions on the host's KVM. They run at [`CODE`] with the MMU off.
 
-use vm_memory::{Bytes, GuestAddress};
-
+use super::super::tests::Fixture;
 use super::super::*;
 use super::layout;
 use crate::arch::VcpuSetup;
@@ -12,7 +11,7 @@ use crate::memory::GuestMemory;
 mod interrupts;
 mod state;
 
-const CODE: u64 = layout::RAM + 0x10_0000;
+pub(in super::super) const CODE: u64 = layout::RAM + 0x10_0000;
 /// Where nothing is mapped, and guests take for a device.
 pub(in super::super) const DEVICE: u64 = layout::VIRTIO;
 
@@ -65,50 +64,13 @@ guest!(
     "hvc #0",
 );
 
-pub(in super::super) struct Fixture {
-    // Before the memory it maps.
-    pub(in super::super) vm: KvmVm,
-    memory: GuestMemory,
-}
+/// Nothing: the MMU is off.
+pub(in super::super) fn prepare(_: &GuestMemory) {}
 
-impl Fixture {
-    /// None, and a word why, on a host without KVM.
-    pub(in super::super) fn new(code: &[u8]) -> Option<Self> {
-        let kvm = match Kvm::open() {
-            Ok(kvm) => kvm,
-            Err(error) => {
-                eprintln!("skipped: {error}");
-                return None;
-            }
-        };
-        let memory = GuestMemory::anonymous(&layout::ram_ranges(4 << 20)).unwrap();
-        let vm = kvm.create_vm().unwrap();
-        for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
-            // SAFETY: the memory is dropped after the VM.
-            unsafe { vm.map(slot, guest.0, host, len) }.unwrap();
-        }
-        memory.write_slice(code, GuestAddress(CODE)).unwrap();
-        Some(Self { vm, memory })
-    }
-
-    pub(in super::super) fn seed(&self) -> KvmSeed {
-        let seed = self.vm.create_vcpu(0).unwrap();
-        self.vm.complete().unwrap();
-        seed
-    }
-
-    pub(in super::super) fn vcpu(&self) -> KvmVcpu {
-        let mut vcpu = self.seed().bind().unwrap();
-        vcpu.boot(&self.setup()).unwrap();
-        vcpu
-    }
-
-    #[allow(clippy::unused_self, reason = "other architectures' asks the host")]
-    pub(in super::super) fn setup(&self) -> VcpuSetup {
-        VcpuSetup {
-            affinity: 0,
-            entry: Some(Entry { pc: CODE, x0: 0 }),
-        }
+pub(in super::super) fn setup(_: &CpuCaps) -> VcpuSetup {
+    VcpuSetup {
+        affinity: 0,
+        entry: Some(Entry { pc: CODE, x0: 0 }),
     }
 }
 

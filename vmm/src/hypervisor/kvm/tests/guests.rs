@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::super::arch::tests::{DEVICE, Fixture, doorbells, spin};
+use super::super::arch::tests::{DEVICE, doorbells, spin};
 use super::*;
 use crate::hypervisor::{Kicker, Vcpu, VcpuExit, VcpuSeed};
 

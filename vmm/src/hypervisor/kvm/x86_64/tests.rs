@@ -3,15 +3,16 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::tests::Fixture;
 use super::super::*;
 use crate::arch::current::{self, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
-use crate::hypervisor::{IrqLine, Vcpu, VcpuExit, VcpuSeed};
+use crate::hypervisor::{IrqLine, Vcpu, VcpuExit};
 use crate::memory::GuestMemory;
 
 mod state;
 
-const CODE: u64 = 0x10_0000;
+pub(in super::super) const CODE: u64 = 0x10_0000;
 /// Where nothing is mapped, and guests take for a device.
 pub(in super::super) const DEVICE: u64 = 0xd000_0000;
 /// Page directory for the fourth GiB, where devices are; made by [`map_devices`].
@@ -90,60 +91,20 @@ guest!(
     "iretq",
 );
 
-pub(in super::super) struct Fixture {
-    // Before the memory it maps.
-    pub(in super::super) vm: KvmVm,
-    memory: GuestMemory,
-    caps: Caps<CpuCaps>,
+/// Page tables for what a guest touches, which runs in 64-bit mode.
+pub(in super::super) fn prepare(memory: &GuestMemory) {
+    current::write_tables(memory).unwrap();
+    map_devices(memory);
 }
 
-impl Fixture {
-    /// None, and a word why, on a host without KVM.
-    pub(in super::super) fn new(code: &[u8]) -> Option<Self> {
-        let kvm = match Kvm::open() {
-            Ok(kvm) => kvm,
-            Err(error) => {
-                eprintln!("skipped: {error}");
-                return None;
-            }
-        };
-        let memory = GuestMemory::anonymous(&layout::ram_ranges(4 << 20)).unwrap();
-        let vm = kvm.create_vm().unwrap();
-        for (slot, (guest, host, len)) in (0..).zip(memory.host_ranges()) {
-            // SAFETY: the memory is dropped after the VM.
-            unsafe { vm.map(slot, guest.0, host, len) }.unwrap();
-        }
-        current::write_tables(&memory).unwrap();
-        map_devices(&memory);
-        memory.write_slice(code, GuestAddress(CODE)).unwrap();
-        Some(Self {
-            vm,
-            memory,
-            caps: kvm.caps().clone(),
-        })
-    }
-
-    pub(in super::super) fn seed(&self) -> KvmSeed {
-        let seed = self.vm.create_vcpu(0).unwrap();
-        self.vm.complete().unwrap();
-        seed
-    }
-
-    pub(in super::super) fn vcpu(&self) -> KvmVcpu {
-        let mut vcpu = self.seed().bind().unwrap();
-        vcpu.boot(&self.setup()).unwrap();
-        vcpu
-    }
-
-    pub(in super::super) fn setup(&self) -> VcpuSetup {
-        let entry = current::Entry {
-            rip: CODE,
-            rsi: 0,
-            cr3: layout::PAGE_TABLES.0,
-            gdt: layout::GDT.0,
-        };
-        current::vcpu_setup(&self.caps.cpu, 0, 1, entry)
-    }
+pub(in super::super) fn setup(caps: &CpuCaps) -> VcpuSetup {
+    let entry = current::Entry {
+        rip: CODE,
+        rsi: 0,
+        cr3: layout::PAGE_TABLES.0,
+        gdt: layout::GDT.0,
+    };
+    current::vcpu_setup(caps, 0, 1, entry)
 }
 
 /// Identity-maps 3 GiB to 4 GiB with 2 MiB pages.

@@ -1,9 +1,8 @@
 //! A guest goes on in another VM as if nothing had happened.
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
 use super::interrupts::{begun, fixture as interruptible, on_gicv3};
 use super::*;
+use crate::hypervisor::kvm::tests::travelled;
 
 // Fills a general, a vector and a system register, waits in the middle of an instruction (a read
 // that has not been answered), then says what it finds.
@@ -36,26 +35,6 @@ guest!(
 /// A vCPU's, by number.
 type Registers = Vec<(u64, Vec<u8>)>;
 
-/// Another VM with the same memory, one vCPU and what `saved` holds.
-fn restored(from: &Fixture, vm: &VmState, vcpu: &VcpuState) -> (Fixture, KvmVcpu) {
-    let other = Fixture::new(&[]).expect("there was a KVM a moment ago");
-    for region in from.memory.iter() {
-        let (start, len) = (region.start_addr(), region.len() as usize);
-        let mut bytes = vec![0; len];
-        from.memory.read_slice(&mut bytes, start).unwrap();
-        other.memory.write_slice(&bytes, start).unwrap();
-    }
-    let mut fresh = other.seed().bind().unwrap();
-    other.vm.restore(vm).unwrap();
-    fresh.restore(vcpu).unwrap();
-    (other, fresh)
-}
-
-/// Through the bytes of a file.
-fn travelled<T: crate::hypervisor::State>(state: &T) -> T {
-    serde_json::from_slice(&serde_json::to_vec(state).unwrap()).unwrap()
-}
-
 #[test]
 fn a_guest_goes_on_from_the_middle_of_an_instruction() {
     let Some(fixture) = on_gicv3(remembers()) else {
@@ -69,7 +48,7 @@ fn a_guest_goes_on_from_the_middle_of_an_instruction() {
     // What passes until it goes on is no time of the guest's.
     std::thread::sleep(std::time::Duration::from_secs(2));
     for _ in 0..2 {
-        let (_other, mut copy) = restored(&fixture, &vm, &state);
+        let (_other, mut copy) = fixture.restored(&vm, &state);
         assert_eq!(written(&mut copy), (0, 0x1000 + 3 + 0x20));
         assert_eq!(written(&mut copy), (0, 0x600d));
         let (_, ticks) = written(&mut copy);
@@ -102,7 +81,7 @@ fn interrupt_controllers_keep_what_they_were_told() {
     let (state, vm) = (vcpu.save().unwrap(), fixture.vm.save().unwrap());
     let (state, vm) = (travelled(&state), travelled(&vm));
 
-    let (other, mut copy) = restored(&fixture, &vm, &state);
+    let (other, mut copy) = fixture.restored(&vm, &state);
     assert_eq!(other.vm.save().unwrap(), vm);
     let [edge, level] = [5, 6].map(|pin| other.vm.irq_line(pin).unwrap());
     assert_eq!(written(&mut copy), (8, 32 + 6));
@@ -121,7 +100,7 @@ fn a_timer_goes_off_where_the_guest_goes_on() {
     let mut vcpu = fixture.vcpu();
     begun(&mut vcpu, frequency());
     let (state, vm) = (vcpu.save().unwrap(), fixture.vm.save().unwrap());
-    let (_other, mut copy) = restored(&fixture, &vm, &state);
+    let (_other, mut copy) = fixture.restored(&vm, &state);
     assert_eq!(written(&mut copy), (8, 27));
 }
 

@@ -1,8 +1,7 @@
 //! A guest goes on in another VM as if nothing had happened.
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
 use super::*;
+use crate::hypervisor::kvm::tests::travelled;
 
 // Fills a general, a vector and a model-specific register, waits in the middle of an instruction
 // (a port read that has not been answered), then says what it finds.
@@ -35,26 +34,6 @@ guest!(
     "2: .long 0x600df00d, 0, 0, 0",
 );
 
-/// Another VM with the same memory, one vCPU and what `saved` holds.
-fn restored(from: &Fixture, vm: &VmState, vcpu: &VcpuState) -> (Fixture, KvmVcpu) {
-    let other = Fixture::new(&[]).expect("there was a KVM a moment ago");
-    for region in from.memory.iter() {
-        let (start, len) = (region.start_addr(), region.len() as usize);
-        let mut bytes = vec![0; len];
-        from.memory.read_slice(&mut bytes, start).unwrap();
-        other.memory.write_slice(&bytes, start).unwrap();
-    }
-    let mut fresh = other.vm.create_vcpu(0).unwrap().bind().unwrap();
-    other.vm.restore(vm).unwrap();
-    fresh.restore(vcpu).unwrap();
-    (other, fresh)
-}
-
-/// Through the bytes of a file.
-fn travelled<T: crate::hypervisor::State>(state: &T) -> T {
-    serde_json::from_slice(&serde_json::to_vec(state).unwrap()).unwrap()
-}
-
 fn written(vcpu: &mut KvmVcpu, expected: u16) -> u32 {
     match vcpu.run() {
         VcpuExit::PioWrite { port, data, .. } => {
@@ -84,7 +63,7 @@ fn a_guest_goes_on_from_the_middle_of_an_instruction() {
     let vm = travelled(&fixture.vm.save().unwrap());
 
     for _ in 0..2 {
-        let (_other, mut copy) = restored(&fixture, &vm, &state);
+        let (_other, mut copy) = fixture.restored(&vm, &state);
         assert_eq!(written(&mut copy, 0x601), 0x1000 + 3 + 0x20);
         assert_eq!(written(&mut copy, 0x601), 0x600d_f00d);
         assert!(matches!(copy.run(), VcpuExit::Shutdown));
@@ -102,7 +81,7 @@ fn interrupt_controllers_keep_their_routes() {
     written(&mut vcpu, 0x500);
     let (vm, state) = (fixture.vm.save().unwrap(), vcpu.save().unwrap());
 
-    let (other, mut copy) = restored(&fixture, &vm, &state);
+    let (other, mut copy) = fixture.restored(&vm, &state);
     let line = other.vm.irq_line(5).unwrap();
     for _ in 0..2 {
         line.pulse();
