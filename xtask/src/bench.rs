@@ -53,6 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
                 containerd: Version::Newest,
                 args: &all,
                 timeout: Some(LIMIT),
+                silence: None,
                 out: Some(paths::products(Arch::HOST).join("bench")),
                 icount,
             };

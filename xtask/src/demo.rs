@@ -52,6 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         containerd: Version::Newest,
         args: &args,
         timeout: Some(LIMIT),
+        silence: None,
         out: None,
         icount: false,
     };

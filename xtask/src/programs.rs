@@ -34,6 +34,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) args: &'a [String],
     pub(crate) containerd: Version,
     pub(crate) timeout: Option<Duration>,
+    /// The longest that it may say nothing, in the lab.
+    pub(crate) silence: Option<Duration>,
     /// Where what it leaves in `$SUPERMACHINE_OUT` goes.
     pub(crate) out: Option<PathBuf>,
     pub(crate) icount: bool,
@@ -110,6 +112,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             ],
             out: launch.out,
             timeout: launch.timeout,
+            silence: launch.silence,
             containerd: launch.containerd,
             icount: launch.icount,
             ..Run::default()

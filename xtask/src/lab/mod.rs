@@ -96,6 +96,9 @@ struct RunArgs {
     /// End the command after this many seconds; exit status 124
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// End the command when it says nothing for so many seconds
+    #[arg(long)]
+    silence: Option<u64>,
     /// The lab's memory, as QEMU takes it (of a lab started for this run)
     #[arg(long)]
     memory: Option<String>,
@@ -127,6 +130,8 @@ pub(crate) struct Run {
     pub(crate) add: Vec<PathBuf>,
     pub(crate) out: Option<PathBuf>,
     pub(crate) timeout: Option<Duration>,
+    /// The longest that the command may say nothing.
+    pub(crate) silence: Option<Duration>,
     pub(crate) memory: Option<String>,
     pub(crate) containerd: Version,
     pub(crate) icount: bool,
@@ -145,6 +150,7 @@ pub(crate) fn run(args: Args) -> Result<u8> {
                 add: args.add,
                 out: args.out,
                 timeout: args.timeout.map(Duration::from_secs),
+                silence: args.silence.map(Duration::from_secs),
                 memory: args.memory,
                 containerd: args.containerd,
                 icount: args.icount,
@@ -214,6 +220,7 @@ fn execute(
         install: install.map(Path::to_path_buf),
         out: run.out,
         timeout: run.timeout,
+        silence: run.silence,
     };
     let shape = Shape {
         arch: run.arch,

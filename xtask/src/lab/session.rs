@@ -44,6 +44,8 @@ pub(super) struct Load {
     /// Where what the command left in /out goes.
     pub(super) out: Option<PathBuf>,
     pub(super) timeout: Option<Duration>,
+    /// A command that says nothing for so long is ended too: it hangs, or the lab does.
+    pub(super) silence: Option<Duration>,
 }
 
 impl<'lab> Session<'lab> {
@@ -114,20 +116,27 @@ impl<'lab> Session<'lab> {
         let out = load.out.as_deref().map(Unpacker::start).transpose()?;
         // Counted from the command's own start, once the lab has said so.
         let mut end = load.timeout.map(|timeout| begin + BOOT_DEADLINE + timeout);
+        let mut heard = None;
         let mut timed_out = false;
         loop {
-            let frame = match end {
-                Some(end) => self
+            let silent = heard.zip(load.silence.filter(|_| !timed_out));
+            let silent = silent.map(|(heard, silence)| heard + silence);
+            let frame = match end.into_iter().chain(silent).min() {
+                Some(next) => self
                     .frames
-                    .recv_timeout(end.saturating_duration_since(Instant::now())),
+                    .recv_timeout(next.saturating_duration_since(Instant::now())),
                 None => self
                     .frames
                     .recv()
                     .map_err(|_| RecvTimeoutError::Disconnected),
             };
+            if frame.is_ok() {
+                heard = heard.map(|_| Instant::now());
+            }
             match frame {
                 Ok((Kind::Started, _)) => {
                     begin = Instant::now();
+                    heard = Some(begin);
                     end = load.timeout.map(|timeout| begin + timeout);
                 }
                 Ok((Kind::Stdout, bytes)) => write_all(stdout, &bytes)?,
@@ -144,8 +153,11 @@ impl<'lab> Session<'lab> {
                 }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) if !timed_out => {
-                    let seconds = begin.elapsed().as_secs();
-                    eprintln!("xtask: time is up after {seconds} s: ending the command");
+                    let silent = heard.map_or(0, |heard| heard.elapsed().as_secs());
+                    eprintln!(
+                        "xtask: time is up after {} s, {silent} s of silence: ending the command",
+                        begin.elapsed().as_secs()
+                    );
                     timed_out = true;
                     end = Some(Instant::now() + KILL_DEADLINE);
                     self.send(Kind::Kill, &[])?;

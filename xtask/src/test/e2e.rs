@@ -20,6 +20,8 @@ use crate::{build, kernel, lab, paths};
 const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// One container more, in the lab.
 const RUN: Duration = Duration::from_secs(30);
+/// One test: its own deadlines end it far earlier, unless the lab itself hangs.
+const SILENCE: Duration = Duration::from_secs(15 * 60);
 /// How many of the slowest tests are named.
 const SLOWEST: usize = 10;
 
@@ -121,6 +123,7 @@ fn on_one(
         containerd: version,
         args: &args,
         timeout: Some(LIMIT + RUN * runs.unwrap_or(0)),
+        silence: Some(SILENCE + RUN * runs.unwrap_or(0)),
         out: Some(out),
         icount: false,
     };
