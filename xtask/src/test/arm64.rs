@@ -31,8 +31,9 @@ const GUEST: &str = "SUPERMACHINE_GUEST";
 /// All of it, in the lab on two slow processors.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// The end-to-end tests that are run there: containers, and the VMM alone with a Linux guest.
-const CONTAINERS: &str = "output::";
+/// The end-to-end tests that are run there: containers, also on Debian's kernel, and the VMM alone
+/// with a Linux guest.
+const CONTAINERS: [&str; 2] = ["output::", "kernels::"];
 const MACHINES: [&str; 3] = ["examples::", "slots::", "clones::"];
 
 /// Runs each program of a folder with these arguments, the next also after one that failed.
@@ -79,7 +80,9 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
     }
     units(args, total)?;
     if args.package.is_none() {
-        end_to_end(CONTAINERS, total)?;
+        for group in CONTAINERS {
+            end_to_end(group, total)?;
+        }
         if kernel::cached(ARCH)?.is_some() {
             for group in MACHINES {
                 end_to_end(group, total)?;
