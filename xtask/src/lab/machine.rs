@@ -177,6 +177,8 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
         add(&["-accel", "tcg,thread=single,tb-size=1024", "-smp", "1"]);
         add(&["-icount", "shift=0,sleep=off"]);
     } else {
+        // A thread each: on a common one they are kicked to take turns, which on x86_64 can break a
+        // guest (docs/limitations.md, "Host").
         add(&["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]);
     }
     let model = Model::of(shape.arch);
