@@ -4,16 +4,17 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::files;
 use super::image::{self, Image};
 use super::model::Model;
+use super::qemu;
 use crate::arch::Arch;
 use crate::containerd::Version;
-use crate::{apt, paths};
+use crate::paths;
 
 /// The exchange disk: what a run brings along. Sparse.
 const EXCHANGE_SIZE: u64 = 12 << 30;
@@ -110,7 +111,7 @@ pub(super) fn start_own(shape: &Shape) -> Result<OwnLab> {
         .context("cannot make a folder for the lab")?;
     // QEMU gets SIGKILL when this thread, the main one, ends for whatever reason.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", Model::of(shape.arch).qemu]);
+    command.args(["--pdeathsig", "KILL"]);
     let child = spawn(command, dir.path(), shape)?;
     let lab = describe(dir.path(), &child, shape)?;
     Ok(OwnLab {
@@ -126,8 +127,7 @@ pub(super) fn start_detached(shape: &Shape) -> Result<Lab> {
         .prefix("supermachine-lab-")
         .tempdir()
         .context("cannot make a folder for the lab")?;
-    let mut command = Command::new("setsid");
-    command.arg(Model::of(shape.arch).qemu);
+    let command = Command::new("setsid");
     let child = spawn(command, dir.path(), shape)?;
     let lab = describe(dir.path(), &child, shape)?;
     let _ = dir.keep();
@@ -147,7 +147,7 @@ fn describe(dir: &Path, child: &Child, shape: &Shape) -> Result<Lab> {
 /// Starts QEMU by `launcher`, which replaces itself by it.
 fn spawn(mut launcher: Command, dir: &Path, shape: &Shape) -> Result<Child> {
     let model = Model::of(shape.arch);
-    ensure_qemu(model)?;
+    let program = qemu::program(model, dir)?;
     let image = image::ensure(model)?;
     let initramfs = dir.join("initramfs.cpio");
     files::initramfs(&image.initramfs, shape.arch, dir, &initramfs)?;
@@ -157,6 +157,7 @@ fn spawn(mut launcher: Command, dir: &Path, shape: &Shape) -> Result<Child> {
 
     let log = File::create(dir.join("qemu.log")).context("cannot make QEMU's log")?;
     launcher
+        .arg(program)
         .args(arguments(&image, dir, shape))
         .arg("-initrd")
         .arg(&initramfs)
@@ -223,33 +224,4 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape) -> Vec<String> {
         &format!("virtserialport,chardev=ch,name={}", super::channel::PORT),
     ]);
     args
-}
-
-/// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
-pub(super) fn ensure_qemu(model: &Model) -> Result<()> {
-    let there = || {
-        Command::new(model.qemu)
-            .arg("--version")
-            .stdout(Stdio::null())
-            .status()
-            .is_ok()
-    };
-    if there() {
-        return Ok(());
-    }
-    let package = model.qemu_package;
-    let codename = apt::codename()?;
-    let newer = apt::Suite::open(&format!("{codename}-backports"))
-        .and_then(|suite| suite.install(&[package]));
-    if let Err(error) = newer {
-        eprintln!("    no QEMU from backports ({error:#}); taking the release's own");
-        apt::ensure(&[package])?;
-    }
-    if !there() {
-        bail!(
-            "{} is still not there after installing {package}",
-            model.qemu
-        );
-    }
-    Ok(())
 }

@@ -9,6 +9,7 @@ pub(crate) mod guest;
 mod image;
 mod machine;
 mod model;
+mod qemu;
 mod session;
 
 use std::fs;
@@ -184,7 +185,7 @@ pub(crate) fn run_bare(run: Run, stdout: &mut dyn Write) -> Result<u8> {
 /// Everything a lab is started from, made or fetched now where it is missing.
 pub(crate) fn prepare(arch: Arch) -> Result<()> {
     let model = Model::of(arch);
-    machine::ensure_qemu(model)?;
+    qemu::ensure(model)?;
     image::ensure(model).map(drop)
 }
 
