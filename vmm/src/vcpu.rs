@@ -1,5 +1,6 @@
 //! The one run loop.
 
+use std::io;
 use std::ops::ControlFlow;
 
 use serde::Serialize;
@@ -8,6 +9,7 @@ use crate::devices::bus::Bus;
 use crate::exit::Exit;
 use crate::hypervisor::{HypervisorError, KICK, RUN_VCPU, SAVE_VCPU, Vcpu, VcpuExit};
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
+use crate::snapshot::state;
 use crate::sys::threads;
 
 /// The thread of a vCPU: it runs the guest, rings doorbells, writes what the serial port says.
@@ -92,9 +94,9 @@ pub(crate) fn run<V: Vcpu>(vcpu: &mut V, buses: &Buses, gate: &impl Gate) -> Exi
 /// A state as it goes into a snapshot.
 pub(crate) fn encode(state: &impl Serialize) -> Result<Vec<u8>, HypervisorError> {
     // Not to be had: every field is a number or a list of them.
-    serde_json::to_vec(state).map_err(|error| HypervisorError::Call {
+    state::encode(state).map_err(|error| HypervisorError::Call {
         call: "serialize",
-        source: error.into(),
+        source: io::Error::other(error),
     })
 }
 

@@ -1,6 +1,7 @@
 //! Bytes that anybody wrote, put to every parser of a snapshot: for fuzz targets.
 
 use super::format::{HEAD, Head, Image, seal};
+use super::state;
 use crate::devices::virtio::transport::mmio::TransportState;
 use crate::machine::MachineState;
 
@@ -15,9 +16,9 @@ pub fn parse_anything(data: &[u8]) {
         seal(&mut head, length);
         let _ = Head::parse(&head, length);
     }
-    for state in [HEAD, HEAD + 4096] {
-        let _ = Image::parse(data, state);
+    for behind in [HEAD, HEAD + 4096] {
+        let _ = Image::parse(data, behind);
     }
-    let _ = serde_json::from_slice::<MachineState>(data);
-    let _ = serde_json::from_slice::<Vec<TransportState>>(data);
+    let _ = state::decode::<MachineState>(data);
+    let _ = state::decode::<Vec<TransportState>>(data);
 }

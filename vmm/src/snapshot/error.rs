@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::StateCodeError;
 use super::format::{Id, Kind};
 use crate::memory::MemoryError;
 
@@ -78,7 +79,7 @@ pub enum SnapshotError {
         /// With this number.
         index: u32,
         /// What the parser met.
-        source: serde_json::Error,
+        source: StateCodeError,
     },
     /// A diff was given with another base than it was made on.
     #[error("Snapshot was made on base {expected}, given on {found}")]

@@ -13,6 +13,7 @@ mod error;
 mod format;
 pub(crate) mod image;
 mod source;
+pub(crate) mod state;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -23,4 +24,5 @@ pub use describe::Description;
 pub use error::SnapshotError;
 pub use format::{Id, Kind, VERSION};
 pub use source::SnapshotFile;
+pub use state::StateCodeError;
 pub use target::SnapshotTarget;

@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 
 use serde::de::DeserializeOwned;
 
-use super::SnapshotError;
 use super::format::{HEAD, Head, Id, Image, Kind, Section, checksum};
+use super::{SnapshotError, state};
 
 /// An open snapshot, whose state is whole. Its RAM is as the file has it: see
 /// [`verify_memory`](Self::verify_memory).
@@ -100,7 +100,7 @@ impl SnapshotFile {
         index: u32,
     ) -> Result<T, SnapshotError> {
         let bytes = self.section(kind, index)?;
-        serde_json::from_slice(bytes).map_err(|source| SnapshotError::Section {
+        state::decode(bytes).map_err(|source| SnapshotError::Section {
             kind,
             index,
             source,

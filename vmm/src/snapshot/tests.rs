@@ -193,11 +193,11 @@ fn other_files_are_told_from_snapshots() {
     assert!(matches!(refused(b""), SnapshotError::Magic { .. }));
     assert!(matches!(refused(&[0; 70_000]), SnapshotError::Magic { .. }));
     let mut next = b"\x89SMVM\r\n\x1a".to_vec();
-    next.extend(2_u32.to_le_bytes());
+    next.extend((VERSION + 1).to_le_bytes());
     let error = refused(&next);
     assert_eq!(
         error.to_string(),
-        "Snapshot has format version 2, expected 1"
+        "Snapshot has format version 3, expected 2"
     );
     let (reader, _writer) = std::io::pipe().unwrap();
     let pipe = File::from(std::os::fd::OwnedFd::from(reader));
@@ -240,6 +240,28 @@ fn every_truncation_is_told() {
             image::write(&file, &memory(), sections(), None).unwrap();
         }
     }
+}
+
+#[test]
+fn a_state_is_all_of_its_bytes() {
+    let states = vec![
+        (1_u32, "one".to_owned(), Some(0.5_f64)),
+        (2, String::new(), None),
+    ];
+    let bytes = state::encode(&states).unwrap();
+    type States = Vec<(u32, String, Option<f64>)>;
+    assert_eq!(state::decode::<States>(&bytes).unwrap(), states);
+    for length in 0..bytes.len() {
+        let cut = state::decode::<States>(&bytes[..length]);
+        assert!(matches!(cut, Err(StateCodeError::Format(_))), "{length}");
+    }
+    let longer = [&bytes[..], &[0]].concat();
+    let error = state::decode::<States>(&longer).unwrap_err();
+    assert_eq!(error.to_string(), "1 bytes more than the state has");
+    // A list that says it has more than there is room for anywhere.
+    let endless = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01];
+    state::decode::<Vec<u64>>(&endless).unwrap_err();
+    state::decode::<String>(&endless).unwrap_err();
 }
 
 /// Opens and verifies; tells whether anything was wrong.

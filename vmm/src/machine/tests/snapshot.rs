@@ -12,9 +12,13 @@ use super::guests::{COUNTER, COUNTS};
 use super::*;
 use crate::devices::virtio::balloon::BalloonConfig;
 use crate::devices::virtio::console::{ConsoleConfig, PortConfig, PortEnds};
+use crate::devices::virtio::transport::mmio::TransportState;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::error::SaveError;
-use crate::snapshot::{Kind, SnapshotError, SnapshotFile, image};
+use crate::hypervisor::fake::{FakeVcpu, FakeVm};
+use crate::hypervisor::{State, Vcpu, VmBackend};
+use crate::machine::MachineState;
+use crate::snapshot::{Kind, SnapshotError, SnapshotFile, image, state};
 
 fn pipe() -> (PipeReader, Option<std::os::fd::OwnedFd>) {
     let (reader, writer) = std::io::pipe().unwrap();
@@ -266,7 +270,8 @@ proptest! {
     #[test]
     fn no_state_does_harm(
         section in any::<prop::sample::Index>(),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..4),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..12),
+        spoilt in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..2),
     ) {
         static SAVED: OnceLock<File> = OnceLock::new();
         let file = SAVED.get_or_init(saved).try_clone().unwrap();
@@ -277,13 +282,17 @@ proptest! {
             .filter(|(kind, ..)| *kind != Kind::Memory)
             .map(|(kind, index, bytes)| (kind, index, bytes.to_vec()))
             .collect();
-        let (.., bytes) = section.get(&sections).clone();
-        let place = section.index(sections.len());
-        let mut value: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
-        for (at, with) in edits {
-            edit(&mut value, at, with);
+        let (kind, _, bytes) = &mut sections[section.index(sections.len())];
+        *bytes = match kind {
+            Kind::Machine => edited::<MachineState>(bytes, &edits),
+            Kind::Vm => edited::<FakeVmState>(bytes, &edits),
+            Kind::Vcpu => edited::<FakeVcpuState>(bytes, &edits),
+            Kind::Devices | Kind::Memory => edited::<Vec<TransportState>>(bytes, &edits),
+        };
+        for (at, with) in spoilt {
+            let place = at.index(bytes.len());
+            bytes[place] = with;
         }
-        sections[place].2 = serde_json::to_vec(&value).unwrap();
         let file = tempfile::tempfile().unwrap();
         image::write(&file, &memory, sections, None).unwrap();
         let hypervisor = Fake::new(vec![vec![Step::SystemOff]; 3]);
@@ -297,8 +306,22 @@ proptest! {
     }
 }
 
+type FakeVmState = <FakeVm as VmBackend>::State;
+type FakeVcpuState = <FakeVcpu as Vcpu>::State;
+
+/// A state with other leaves, as far as its type can have them.
+fn edited<T: State>(bytes: &[u8], edits: &[(prop::sample::Index, prop::sample::Index)]) -> Vec<u8> {
+    let mut state: T = state::decode(bytes).unwrap();
+    for (at, with) in edits {
+        let mut value = serde_json::to_value(&state).unwrap();
+        edit(&mut value, at, with);
+        state = serde_json::from_value(value).unwrap_or(state);
+    }
+    state::encode(&state).unwrap()
+}
+
 /// Puts something else in place of a leaf.
-fn edit(value: &mut serde_json::Value, at: prop::sample::Index, with: prop::sample::Index) {
+fn edit(value: &mut serde_json::Value, at: &prop::sample::Index, with: &prop::sample::Index) {
     use serde_json::{Value, json};
     fn leaves(value: &mut Value) -> Vec<&mut Value> {
         let empty = value.as_object().is_some_and(serde_json::Map::is_empty);

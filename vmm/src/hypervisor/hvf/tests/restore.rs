@@ -1,6 +1,7 @@
 //! What a VM holds, written into another.
 
 use super::*;
+use crate::snapshot::state;
 
 #[test]
 fn lines_that_are_set_before_there_are_vcpus_are_not_lost() {
@@ -36,13 +37,13 @@ fn a_restored_vm_is_what_the_saved_one_was() {
     saved.irq_line(1).unwrap().set(true);
     let processor = vcpu.save().unwrap();
     let machine = saved.save().unwrap();
-    let words = serde_json::to_string(&(&machine, &processor)).unwrap();
+    let bytes = state::encode(&(&machine, &processor)).unwrap();
     drop(vcpu);
     drop(saved);
 
     let restored = vm();
     let seed = restored.create_vcpu(0).unwrap();
-    let (from_file, of_vcpu): (VmState, VcpuState) = serde_json::from_str(&words).unwrap();
+    let (from_file, of_vcpu): (VmState, VcpuState) = state::decode(&bytes).unwrap();
     restored.restore(&from_file).unwrap();
     let mut vcpu = seed.bind().unwrap();
     restored.bound().unwrap();

@@ -8,6 +8,7 @@ use crate::arch::VcpuSetup;
 use crate::arch::current::layout;
 use crate::hypervisor::{State, Vcpu, VcpuSeed};
 use crate::memory::GuestMemory;
+use crate::snapshot::state;
 
 pub(in super::super) struct Fixture {
     // Before the memory it maps.
@@ -75,5 +76,5 @@ impl Fixture {
 
 /// A state that has been through the bytes of a file.
 pub(in super::super) fn travelled<T: State>(state: &T) -> T {
-    serde_json::from_slice(&serde_json::to_vec(state).unwrap()).unwrap()
+    state::decode(&state::encode(state).unwrap()).unwrap()
 }

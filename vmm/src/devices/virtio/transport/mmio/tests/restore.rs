@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::devices::virtio::Position;
+use crate::snapshot::state;
 
 /// What driver and device of `up` are, after a while.
 fn saved(up: &Fixture) -> TransportState {
@@ -20,11 +21,11 @@ fn a_restored_transport_is_what_the_saved_one_was() {
         .interrupt_status
         .store(1, Ordering::SeqCst);
     let state = saved(&up);
-    let text = serde_json::to_string(&state).unwrap();
+    let bytes = state::encode(&state).unwrap();
 
     let down = Fixture::new();
     down.transport
-        .restore(serde_json::from_str(&text).unwrap())
+        .restore(state::decode(&bytes).unwrap())
         .unwrap();
     assert_eq!(down.log.calls(), [], "nothing works before the start");
     let mut again = down.transport.save();
