@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use crate::control::{self, ARG0, ARG1, LogLevel, Start};
 use crate::devices::virtio::{self, block};
-use crate::hypervisor::{Host, Hypervisor, KICK};
+use crate::hypervisor::{Ahead, Host, Hypervisor, KICK};
 use crate::jail::{self, Filter, Policy, Rule, When, allow, allow_if, calls};
 use crate::sys::ring::Rings;
 use crate::sys::{reactor, threads};
@@ -129,7 +129,7 @@ fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> 
     let rings = Rings::make(RINGS);
     let missing = jail::enter(&policy, &PROCESS)?;
     Ok(Start {
-        hypervisor,
+        hypervisor: hypervisor.map(Ahead::begin),
         rings,
         missing,
     })

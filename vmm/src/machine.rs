@@ -20,7 +20,7 @@ use crate::devices::virtio::block::FillError;
 use crate::devices::virtio::{balloon, console};
 use crate::error::{Error, PauseError, SaveError};
 use crate::exit::Exit;
-use crate::hypervisor::{Host, Hypervisor, HypervisorError};
+use crate::hypervisor::{Ahead, Host, Hypervisor, HypervisorError};
 use crate::snapshot::{Id, SnapshotFile, SnapshotTarget};
 use assembly::Assembly;
 pub use restore::RestoreConfig;
@@ -44,12 +44,12 @@ impl Vm {
     /// # Errors
     /// One variant of [`Error`] for each way this can fail.
     pub fn new(config: VmConfig) -> Result<Self, Error> {
-        Self::on(Host::open(), config)
+        Self::on(Ahead::open(), config)
     }
 
     /// Builds the VM on a hypervisor that was opened before.
     pub(crate) fn on(
-        hypervisor: Result<Host, HypervisorError>,
+        hypervisor: Result<Ahead<Host>, HypervisorError>,
         config: VmConfig,
     ) -> Result<Self, Error> {
         // The image first: a bad one is told whatever the host is.
@@ -65,12 +65,12 @@ impl Vm {
     /// # Errors
     /// Whatever is wrong with the files, whatever this host can't give, and what doesn't fit.
     pub fn restore(config: RestoreConfig) -> Result<Self, Error> {
-        Self::restore_on(Host::open(), config)
+        Self::restore_on(Ahead::open(), config)
     }
 
     /// Builds it on a hypervisor that was opened before.
     pub(crate) fn restore_on(
-        hypervisor: Result<Host, HypervisorError>,
+        hypervisor: Result<Ahead<Host>, HypervisorError>,
         config: RestoreConfig,
     ) -> Result<Self, Error> {
         Ok(Self {

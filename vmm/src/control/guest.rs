@@ -21,7 +21,7 @@ use crate::devices::virtio::console::{
 };
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::devices::virtio::{FaultObserver, balloon};
-use crate::hypervisor::{Host, HypervisorError};
+use crate::hypervisor::{Ahead, Host, HypervisorError};
 use crate::snapshot::{SnapshotError, SnapshotFile};
 use crate::sys::ring::Rings;
 use crate::sys::threads;
@@ -45,7 +45,7 @@ pub(super) enum Done {
 }
 
 /// The host's hypervisor, or why there is none.
-type Opened = std::result::Result<Host, HypervisorError>;
+type Opened = std::result::Result<Ahead<Host>, HypervisorError>;
 
 /// The VM, or the place for it.
 pub(super) struct Guest {

@@ -12,15 +12,15 @@ use super::log::ControlLog;
 use super::message::{Event, Exit, LogLevel, Request, ToParent, VERSION};
 use super::outbox::Outbox;
 use super::{CONTROL, describe};
-use crate::hypervisor::{Host, HypervisorError};
+use crate::hypervisor::{Ahead, Host, HypervisorError};
 use crate::jail::Missing;
 use crate::sys::ring::Rings;
 use crate::sys::threads;
 
 /// What the process has of its time before it was confined.
 pub(crate) struct Start {
-    /// The host's hypervisor, or why there is none; told when a VM is asked for.
-    pub(crate) hypervisor: Result<Host, HypervisorError>,
+    /// The host's hypervisor with a VM, or why there is none; told when a VM is asked for.
+    pub(crate) hypervisor: Result<Ahead<Host>, HypervisorError>,
     /// For the first disks.
     pub(crate) rings: Rings,
     /// Layers of the confinement that the host lacks.

@@ -4,6 +4,7 @@
 //! runs over `fake` in tests. A vCPU is made as a [`VcpuSeed`] on the building thread and bound on
 //! the thread that runs it, because some hypervisors tie it to that thread for good.
 
+mod ahead;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 #[cfg(any(
@@ -23,6 +24,8 @@ use serde::de::DeserializeOwned;
 
 use crate::memory::StageTwo;
 use crate::sys::doorbell::Doorbell;
+
+pub(crate) use ahead::Ahead;
 
 /// The signal that brings a vCPU's thread out of the guest: one that no C library keeps for itself.
 pub(crate) const KICK: i32 = 40;

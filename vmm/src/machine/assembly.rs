@@ -2,9 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use super::board::{self, Serial};
@@ -20,7 +18,7 @@ use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use crate::error::Error;
 use crate::hypervisor::{Hypervisor, Vcpu, VcpuSeed, VmBackend};
 use crate::memory::GuestMemory;
-use crate::sys::{random, threads};
+use crate::sys::random;
 use crate::vcpu::{Buses, encode};
 
 /// A VM ready to run.
@@ -85,21 +83,8 @@ where
         };
         let serial = config.serial.is_some();
         let platform = Platform::new(&caps.cpu, config.vcpus, set.len(), serial);
-        // KVM makes a VM in a grace period of its host's kernel, some 10 ms of waiting. Another
-        // thread fills guest RAM meanwhile; not the other way round, lest on a busy host the
-        // waiting start late.
-        let (backend, entry) = thread::scope(|scope| {
-            let loading = threads::builder("load")
-                .spawn_scoped(scope, || current::load(&memory, source, platform))
-                .map_err(|source| Error::Thread {
-                    name: "load".into(),
-                    source,
-                })?;
-            let made = hypervisor.create_vm();
-            let loaded = loading.join().unwrap_or_else(|panic| resume_unwind(panic));
-            Ok::<_, Error>((made?, loaded?))
-        })?;
-
+        let entry = current::load(&memory, source, platform)?;
+        let backend = hypervisor.create_vm()?;
         let serial = config.serial.take().map(|sink| Serial {
             sink: Some(sink),
             state: None,
