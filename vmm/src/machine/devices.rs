@@ -26,6 +26,11 @@ use crate::memory::GuestMemory;
 use crate::sys::reactor::{Reactor, ReactorHandle};
 use crate::sys::ring::Rings;
 
+/// Queues of a device whose doorbells the hypervisor rings: those past ring by an exit. Each costs
+/// KVM a grace period of its own (SRCU) when a VM is made, and a console has two for each of its
+/// ports. These are the control queues' and those of the first four ports.
+const BOUND: u32 = 10;
+
 /// Devices that have been made and not attached, in the order of their slots.
 pub(super) struct DeviceSet {
     memory: GuestMemory,
@@ -175,7 +180,7 @@ impl DeviceSet {
                 observer: Arc::clone(&self.observer),
             };
             let transport = MmioTransport::new(device, parts).map_err(refused(&id))?;
-            for (index, doorbell) in (0..).zip(transport.doorbells()) {
+            for (index, doorbell) in (0..BOUND).zip(transport.doorbells()) {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
                 }
