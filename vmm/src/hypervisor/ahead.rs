@@ -69,3 +69,92 @@ where
         }
     }
 }
+
+impl<H: Hypervisor> Drop for Ahead<H> {
+    /// Waits for a VM that nobody has asked for, and gives it up: some hosts give a process one.
+    fn drop(&mut self) {
+        let first = self.first.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(making) = first.take() {
+            // A panic was reported by the panic hook.
+            let _ = making.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+    use crate::hypervisor::fake::{Fake, FakeVm};
+
+    /// Remembers the threads that asked for VMs; refuses the first where it is to.
+    struct Host {
+        fake: Fake,
+        refuses: bool,
+        askers: Mutex<Vec<ThreadId>>,
+    }
+
+    impl Host {
+        fn new(refuses: bool) -> Self {
+            Self {
+                fake: Fake::new(Vec::new()),
+                refuses,
+                askers: Mutex::default(),
+            }
+        }
+    }
+
+    impl Hypervisor for Host {
+        type Vm = FakeVm;
+        type Cpu = <Fake as Hypervisor>::Cpu;
+
+        fn open() -> Result<Self, HypervisorError> {
+            Ok(Self::new(false))
+        }
+
+        fn caps(&self) -> &Caps<Self::Cpu> {
+            self.fake.caps()
+        }
+
+        fn create_vm(&self) -> Result<FakeVm, HypervisorError> {
+            let mut askers = self.askers.lock().unwrap();
+            askers.push(thread::current().id());
+            if self.refuses && askers.len() == 1 {
+                return Err(HypervisorError::Lacks { capability: "room" });
+            }
+            self.fake.create_vm()
+        }
+    }
+
+    #[test]
+    fn the_first_vm_is_made_by_another_thread_and_more_by_whoever_asks() {
+        let host = Ahead::<Host>::open().unwrap();
+        for _ in 0..3 {
+            host.create_vm().unwrap();
+        }
+        let askers = host.hypervisor.askers.lock().unwrap();
+        let here: Vec<_> = askers
+            .iter()
+            .map(|asker| *asker == thread::current().id())
+            .collect();
+        assert_eq!(here, [false, true, true]);
+    }
+
+    #[test]
+    fn a_vm_that_nobody_asks_for_is_given_up() {
+        let host = Ahead::begin(Host::new(false));
+        let hypervisor = Arc::clone(&host.hypervisor);
+        drop(host);
+        assert_eq!(Arc::strong_count(&hypervisor), 1, "its thread has ended");
+        assert_eq!(hypervisor.askers.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_refusal_is_told_to_whoever_asks() {
+        let host = Ahead::begin(Host::new(true));
+        let error = host.create_vm().err().map(|error| error.to_string());
+        assert!(error.is_some_and(|error| error.contains("room")));
+        host.create_vm().unwrap();
+    }
+}

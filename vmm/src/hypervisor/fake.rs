@@ -59,6 +59,7 @@ pub struct Fake {
     scripts: Vec<Vec<Step>>,
     record: Arc<Mutex<Record>>,
     unit: Option<u64>,
+    rings: bool,
 }
 
 /// What was done to the VM.
@@ -90,6 +91,15 @@ impl Fake {
             scripts,
             record: Arc::default(),
             unit: None,
+            rings: false,
+        }
+    }
+
+    /// The same, whose VMs ring doorbells without an exit.
+    pub fn ringing(self) -> Self {
+        Self {
+            rings: true,
+            ..self
         }
     }
 
@@ -128,6 +138,7 @@ impl Hypervisor for Fake {
             scripts: self.scripts.clone(),
             record: Arc::clone(&self.record),
             unit: self.unit,
+            rings: self.rings,
         })
     }
 }
@@ -138,6 +149,7 @@ pub struct FakeVm {
     scripts: Vec<Vec<Step>>,
     record: Arc<Mutex<Record>>,
     unit: Option<u64>,
+    rings: bool,
 }
 
 /// Notes what goes through it.
@@ -228,7 +240,11 @@ impl VmBackend for FakeVm {
         _: &Doorbell,
     ) -> Result<Binding, HypervisorError> {
         lock(&self.record).doorbells.push((address, value));
-        Ok(Binding::Exits)
+        Ok(if self.rings {
+            Binding::Bound
+        } else {
+            Binding::Exits
+        })
     }
 }
 

@@ -22,6 +22,7 @@ use crate::arch::KernelError;
 use crate::arch::current::layout;
 use crate::config::DiskConfig;
 use crate::devices::virtio::balloon::BalloonConfig;
+use crate::devices::virtio::console::ConsoleConfig;
 use crate::hypervisor::fake::{Fake, Step};
 use crate::hypervisor::{Fault, HypervisorError};
 use guests::{SAY_HI, SPIN};
@@ -269,6 +270,24 @@ fn a_guest_without_ioeventfds_reaches_its_devices_by_exits() {
     let (hypervisor, running) = fake(scripts, |config| config.rng = true);
     assert_eq!(running.wait(), Exit::PowerOff);
     assert_eq!(hypervisor.record().doorbells, [(device + 0x50, 0)]);
+}
+
+#[test]
+fn a_console_with_many_ports_has_few_doorbells_bound() {
+    let ringing = Fake::new(vec![vec![Step::SystemOff]]).ringing();
+    let (hypervisor, running) = run_on(ringing, |config| {
+        config.rng = true;
+        config.console = Some(ConsoleConfig {
+            ports: Vec::new(),
+            max_ports: 17,
+            events: Box::new(|_| ()),
+        });
+    });
+    assert_eq!(running.wait(), Exit::PowerOff);
+    let address = |slot| layout::virtio_address(slot) + 0x50;
+    let console = (0..10).map(|queue| (address(0), queue));
+    let expected: Vec<_> = console.chain([(address(1), 0)]).collect();
+    assert_eq!(hypervisor.record().doorbells, expected);
 }
 
 const LIMIT: Duration = Duration::from_secs(10);

@@ -282,7 +282,8 @@ proptest! {
             .filter(|(kind, ..)| *kind != Kind::Memory)
             .map(|(kind, index, bytes)| (kind, index, bytes.to_vec()))
             .collect();
-        let (kind, _, bytes) = &mut sections[section.index(sections.len())];
+        let place = section.index(sections.len());
+        let (kind, _, bytes) = &mut sections[place];
         *bytes = match kind {
             Kind::Machine => edited::<MachineState>(bytes, &edits),
             Kind::Vm => edited::<FakeVmState>(bytes, &edits),
