@@ -2,7 +2,9 @@
 
 #![allow(unsafe_code)]
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use super::board::{self, Serial};
@@ -18,7 +20,7 @@ use crate::devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use crate::error::Error;
 use crate::hypervisor::{Hypervisor, Vcpu, VcpuSeed, VmBackend};
 use crate::memory::GuestMemory;
-use crate::sys::random;
+use crate::sys::{random, threads};
 use crate::vcpu::{Buses, encode};
 
 /// A VM ready to run.
@@ -83,8 +85,19 @@ where
         };
         let serial = config.serial.is_some();
         let platform = Platform::new(&caps.cpu, config.vcpus, set.len(), serial);
-        let entry = current::load(&memory, source, platform)?;
-        let backend = hypervisor.create_vm()?;
+        // A thread of its own fills guest RAM, and this one waits for the VM: so, on a host with one
+        // processor, what the VM waits for comes first.
+        let (backend, entry) = thread::scope(|scope| {
+            let loading = threads::builder("load")
+                .spawn_scoped(scope, || current::load(&memory, source, platform))
+                .map_err(|source| Error::Thread {
+                    name: "load".into(),
+                    source,
+                })?;
+            let made = hypervisor.create_vm();
+            let loaded = loading.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok::<_, Error>((made?, loaded?))
+        })?;
         let serial = config.serial.take().map(|sink| Serial {
             sink: Some(sink),
             state: None,
