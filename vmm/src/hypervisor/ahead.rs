@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::{Caps, Hypervisor, HypervisorError};
 use crate::sys::threads;
@@ -15,24 +16,29 @@ pub(crate) struct Ahead<H: Hypervisor> {
     first: Mutex<Option<Making<H>>>,
 }
 
+/// How long the starter waits at most before it goes on. A kernel thread of the VM's own waits for
+/// the grace period, from when it first runs. On a host with one processor it would else run after
+/// all that the starter does and starts, and miss a tick.
+const HEAD_START: Duration = Duration::from_millis(1);
+
 type Making<H> = JoinHandle<Result<<H as Hypervisor>::Vm, HypervisorError>>;
 
 impl<H> Ahead<H>
 where
     H: Hypervisor<Vm: Send> + Send + Sync + 'static,
 {
-    /// Begins to make the first VM; the thread that does it runs when this returns. On a busy host
-    /// it might else be kept waiting by its starter, which has more to do, and then wait anew.
+    /// Begins to make the first VM, and goes on when it is made or has had its [`HEAD_START`].
     pub(crate) fn begin(hypervisor: H) -> Self {
         let hypervisor = Arc::new(hypervisor);
         let maker = Arc::clone(&hypervisor);
-        let (begun, runs) = mpsc::channel::<Infallible>();
+        let (ended, end) = mpsc::channel::<Infallible>();
         let making = threads::builder("make-vm").spawn(move || {
-            drop(begun);
-            maker.create_vm()
+            let made = maker.create_vm();
+            drop(ended);
+            made
         });
         // Nothing is sent: it ends when the other side is dropped, as it is where there is no thread.
-        let _ = runs.recv();
+        let _ = end.recv_timeout(HEAD_START);
         Self {
             hypervisor,
             // Without a thread it is made when it is asked for.
