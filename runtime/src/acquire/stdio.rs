@@ -172,6 +172,7 @@ mod tests {
     use std::io::{Read, Write};
 
     use nix::sys::stat::Mode;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     use super::*;
 
@@ -215,6 +216,13 @@ mod tests {
         let waiting = input.read(&mut buffer).unwrap_err();
         assert_eq!(waiting.kind(), io::ErrorKind::WouldBlock);
         drop(streams.held.stdin);
+        // A child that another test starts has a copy until it executes: the end is awaited.
+        let limit = Timespec {
+            tv_sec: 10,
+            tv_nsec: 0,
+        };
+        let ended = poll(&mut [PollFd::new(&input, PollFlags::IN)], Some(&limit));
+        assert_eq!(ended.unwrap(), 1, "no end");
         assert_eq!(input.read(&mut buffer).unwrap(), 0);
     }
 
