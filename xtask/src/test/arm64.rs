@@ -101,7 +101,7 @@ fn end_to_end(filter: &str, total: &mut Total) -> Result<()> {
     let report = step(&format!("arm64: {filter} in the lab"), || {
         e2e::in_lab(ARCH, filter)
     })?;
-    report.add_to(total);
+    total.add(report.total, Some("arm64"));
     Ok(())
 }
 

@@ -29,7 +29,7 @@ const SLOWEST: usize = 10;
 #[derive(Debug)]
 pub(super) struct Report {
     version: Version,
-    total: Total,
+    pub(super) total: Total,
     /// The containerd's exact version.
     release: Option<String>,
     /// Tests left to the other run, as one containerd is enough for them.
