@@ -2,7 +2,7 @@
 //!
 //! Each time a thread installs a program, the kernel translates it and tries it with the number of
 //! every system call there is. A VM's start waits for that, so a program is short, and finds a
-//! number by halving.
+//! number by halving; and where the process has a program, a thread's says only what differs.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,7 @@ use super::filter::When;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
     Allow,
+    Forbid,
     /// It fails with this error, as if the kernel had no such call.
     Fail(u16),
     /// Allowed on one of these conditions.
@@ -41,35 +42,60 @@ const FEW: usize = 8;
 /// The program that answers with `otherwise` for calls that `verdicts` doesn't have or allow. A
 /// call of another architecture ends the process.
 pub(super) fn compile(verdicts: &Verdicts, otherwise: u32) -> Vec<sock_filter> {
+    let mut program = vec![load(ARCH), test(libc::BPF_JEQ, NATIVE, 1, 0)];
+    program.push(answer(libc::SECCOMP_RET_KILL_PROCESS));
+    program.extend(tell(verdicts, otherwise, otherwise));
+    program
+}
+
+/// The program that, where one of `all` is in force, leaves of it what `verdicts` has: of two answers
+/// the kernel takes the stricter. It allows what it does not name, as the other knows what becomes
+/// of that.
+pub(super) fn narrow(all: &Verdicts, verdicts: &Verdicts, otherwise: u32) -> Vec<sock_filter> {
+    let fewer = all.iter().filter_map(|(number, all)| {
+        let left = verdicts.get(number).unwrap_or(&Verdict::Forbid);
+        (left != all).then(|| (*number, left.clone()))
+    });
+    tell(&fewer.collect(), libc::SECCOMP_RET_ALLOW, otherwise)
+}
+
+/// What is forbidden gets the answer `otherwise`, what `verdicts` doesn't have `unknown`.
+fn tell(verdicts: &Verdicts, unknown: u32, otherwise: u32) -> Vec<sock_filter> {
     let calls: Vec<(u32, &Verdict)> = verdicts
         .iter()
         .map(|(number, verdict)| (*number, verdict))
         .collect();
-    let mut program = vec![load(ARCH), test(libc::BPF_JEQ, NATIVE, 1, 0)];
-    program.push(answer(libc::SECCOMP_RET_KILL_PROCESS));
-    program.push(load(NUMBER));
-    program.extend(search(&calls, otherwise));
+    let mut program = vec![load(NUMBER)];
+    program.extend(search(&calls, unknown, otherwise));
     program
 }
 
 /// Every way through it ends with an answer.
-fn search(calls: &[(u32, &Verdict)], otherwise: u32) -> Vec<sock_filter> {
+fn search(calls: &[(u32, &Verdict)], unknown: u32, otherwise: u32) -> Vec<sock_filter> {
     if calls.len() <= FEW {
-        return among_few(calls, otherwise);
+        return among_few(calls, unknown, otherwise);
     }
     let (lower, upper) = calls.split_at(calls.len() / 2);
-    let mut program = when(libc::BPF_JGE, upper[0].0, search(upper, otherwise));
-    program.extend(search(lower, otherwise));
+    let upper_half = search(upper, unknown, otherwise);
+    let mut program = when(libc::BPF_JGE, upper[0].0, upper_half);
+    program.extend(search(lower, unknown, otherwise));
     program
 }
 
-fn among_few(calls: &[(u32, &Verdict)], otherwise: u32) -> Vec<sock_filter> {
+fn among_few(calls: &[(u32, &Verdict)], unknown: u32, otherwise: u32) -> Vec<sock_filter> {
     let mut program = Vec::new();
-    let mut allowed = Vec::new();
+    let mut plain = BTreeMap::<u32, Vec<u32>>::new();
     for (number, verdict) in calls {
         let body = match verdict {
             Verdict::Allow => {
-                allowed.push(*number);
+                plain
+                    .entry(libc::SECCOMP_RET_ALLOW)
+                    .or_default()
+                    .push(*number);
+                continue;
+            }
+            Verdict::Forbid => {
+                plain.entry(otherwise).or_default().push(*number);
                 continue;
             }
             Verdict::Fail(errno) => {
@@ -79,17 +105,16 @@ fn among_few(calls: &[(u32, &Verdict)], otherwise: u32) -> Vec<sock_filter> {
         };
         program.extend(when(libc::BPF_JEQ, *number, body));
     }
-    // They share the last answer.
-    for (number, rest) in allowed
-        .iter()
-        .zip((1..=FEW as u8).rev().skip(FEW - allowed.len()))
-    {
-        program.push(test(libc::BPF_JEQ, *number, rest, 0));
+    // What gets the answer of the unknown needs no word.
+    plain.remove(&unknown);
+    for (shared, numbers) in plain {
+        // They share an answer, which the last one goes around.
+        for (number, rest) in numbers.iter().zip((0..numbers.len() as u8).rev()) {
+            program.push(test(libc::BPF_JEQ, *number, rest, u8::from(rest == 0)));
+        }
+        program.push(answer(shared));
     }
-    program.push(answer(otherwise));
-    if !allowed.is_empty() {
-        program.push(answer(libc::SECCOMP_RET_ALLOW));
-    }
+    program.push(answer(unknown));
     program
 }
 
@@ -198,6 +223,7 @@ mod tests {
         };
         match verdicts.get(&number) {
             Some(Verdict::Allow) => libc::SECCOMP_RET_ALLOW,
+            Some(Verdict::Forbid) => OTHERWISE,
             Some(Verdict::Fail(errno)) => libc::SECCOMP_RET_ERRNO | u32::from(*errno),
             Some(Verdict::AllowIf(conditions)) if conditions.iter().any(holds) => {
                 libc::SECCOMP_RET_ALLOW
@@ -218,6 +244,7 @@ mod tests {
     fn verdict() -> impl Strategy<Value = Verdict> {
         prop_oneof![
             4 => Just(Verdict::Allow),
+            1 => Just(Verdict::Forbid),
             1 => (1..100_u16).prop_map(Verdict::Fail),
             // Enough of them that a jump around the rest is a long one.
             2 => vec(condition(), 1..150).prop_map(Verdict::AllowIf),
@@ -236,6 +263,47 @@ mod tests {
             for number in 0..=400 {
                 let found = run(&program, NATIVE, number, arguments);
                 prop_assert_eq!(found, expected(&verdicts, number, arguments), "call {}", number);
+            }
+        }
+    }
+
+    /// The order in which the kernel takes answers (seccomp(2)); the first one wins.
+    fn strictness(answer: &u32) -> usize {
+        let order = [
+            libc::SECCOMP_RET_KILL_PROCESS,
+            OTHERWISE,
+            libc::SECCOMP_RET_ERRNO,
+            libc::SECCOMP_RET_ALLOW,
+        ];
+        let action = answer & libc::SECCOMP_RET_ACTION_FULL;
+        order.iter().position(|known| *known == action).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_thread_has_what_both_leave(
+            all in btree_map(0..200_u32, verdict(), 0..120),
+            own in btree_map(0..200_u32, verdict(), 0..60),
+            same in vec(proptest::sample::Index::arbitrary(), 0..60),
+            arguments in proptest::array::uniform6(0..4_u64),
+        ) {
+            let mut own = own;
+            for index in same.iter().filter(|_| !all.is_empty()) {
+                let (number, verdict) = all.iter().nth(index.index(all.len())).unwrap();
+                own.insert(*number, verdict.clone());
+            }
+            let process = compile(&all, OTHERWISE);
+            let thread = narrow(&all, &own, OTHERWISE);
+            for number in 0..=200 {
+                let found = [&process, &thread].map(|program| run(program, NATIVE, number, arguments));
+                let wanted = [&all, &own].map(|verdicts| expected(verdicts, number, arguments));
+                prop_assert_eq!(
+                    found.iter().min_by_key(|answer| strictness(answer)),
+                    wanted.iter().min_by_key(|answer| strictness(answer)),
+                    "call {}", number
+                );
             }
         }
     }

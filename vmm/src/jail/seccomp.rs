@@ -1,7 +1,7 @@
 //! Seccomp: which system calls a thread may make, declared beside the code that makes them.
 //!
 //! A process gets one [`Filter`] with all that any of its threads needs, and each thread a narrower
-//! one on top when it starts; the kernel asks all of them. What none allows ends the process, after
+//! one on top when it starts, which says no more than what it takes away; the kernel asks both. What none allows ends the process, after
 //! a line on standard error that says which call it was.
 
 #![allow(
@@ -11,6 +11,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::filter::{EXIT_STATUS, Filter, REPORT, Seccomp, What};
@@ -19,6 +20,9 @@ use super::{Refused, step};
 
 /// What the filters of this process do; `Off` until it is confined.
 static MODE: AtomicU8 = AtomicU8::new(Seccomp::Off as u8);
+
+/// What the filter of this process says, once it is in force.
+static PROCESS: OnceLock<Verdicts> = OnceLock::new();
 
 impl Filter {
     /// Filters this thread's calls, and those of threads it starts, from here on. Does nothing in a
@@ -33,8 +37,14 @@ impl Filter {
             Seccomp::Log => libc::SECCOMP_RET_LOG,
         };
         KIND.set(self.name);
-        let program = program::compile(&self.verdicts(), otherwise);
-        seccompiler::apply_filter(&program).map_err(io::Error::other)
+        let verdicts = self.verdicts();
+        let program = match PROCESS.get() {
+            Some(all) => program::narrow(all, &verdicts, otherwise),
+            None => program::compile(&verdicts, otherwise),
+        };
+        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
+        PROCESS.get_or_init(|| verdicts);
+        Ok(())
     }
 
     fn verdicts(&self) -> Verdicts {
@@ -48,7 +58,7 @@ impl Filter {
                 .or_insert_with(|| Verdict::AllowIf(Vec::new()));
             match (rule.what, &mut *verdict) {
                 (What::Absent, _) => *verdict = Verdict::Fail(libc::ENOSYS as u16),
-                (_, Verdict::Fail(_) | Verdict::Allow) => {}
+                (_, Verdict::Fail(_) | Verdict::Allow | Verdict::Forbid) => {}
                 // It outweighs conditions of another table.
                 (What::Allow, _) => *verdict = Verdict::Allow,
                 (What::AllowIf(conditions), Verdict::AllowIf(all)) => all.extend(conditions),
