@@ -15,6 +15,9 @@ pub struct HostCgroup {
     directories: Vec<PathBuf>,
 }
 
+/// Takes the id of a process that is to be in the cgroup.
+const PROCS: &str = "cgroup.procs";
+
 /// A mounted cgroup hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hierarchy {
@@ -67,7 +70,7 @@ impl HostCgroup {
     /// the process stays where it was.
     pub fn add(&self, pid: u32) {
         for directory in &self.directories {
-            if let Err(error) = std::fs::write(directory.join("cgroup.procs"), pid.to_string()) {
+            if let Err(error) = std::fs::write(directory.join(PROCS), pid.to_string()) {
                 tracing::warn!(
                     cgroup = %directory.display(), pid, %error,
                     "Cannot put the machine into its cgroup"
@@ -87,6 +90,12 @@ impl HostCgroup {
             return Err(io::Error::other("the host's cgroups have no CPU sets"));
         }
         files.try_for_each(|file| std::fs::write(file, cpuset))
+    }
+
+    /// The files that a process is put into the cgroup by, one in each hierarchy.
+    pub fn procs(&self) -> Vec<PathBuf> {
+        let directories = self.directories.iter();
+        directories.map(|dir| dir.join(PROCS)).collect()
     }
 
     /// The cgroup's directories, one in each hierarchy.

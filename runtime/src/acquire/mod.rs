@@ -1,4 +1,5 @@
-//! Obtaining what a plan needs, each step recorded in the ledger first.
+//! Obtaining what a plan needs. What would stay when its files are closed is recorded in the ledger
+//! first.
 
 mod files;
 mod kernel;
@@ -15,7 +16,6 @@ use supermachine_protocol::{FileContent, Partition};
 
 use crate::config::{Digest, Resolved};
 use crate::images::{self, Cache};
-use crate::ledger::{self, Ledger};
 use crate::plan::Plan;
 
 pub(crate) use kernel::digest as kernel_digest;
@@ -41,8 +41,6 @@ pub enum Error {
     HostFile { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Image(#[from] images::Error),
-    #[error(transparent)]
-    Ledger(#[from] ledger::Error),
 }
 
 /// What a machine is started with.
@@ -54,10 +52,6 @@ pub struct Resources {
     pub files: Vec<FileContent>,
     pub kernel: File,
     pub initramfs: File,
-    /// The sandbox's own directory, which is the ledger's: for sockets, each recorded.
-    pub state_dir: PathBuf,
-    /// Where the host accounts for the machine; `None` if there is no such place.
-    pub cgroup: Option<HostCgroup>,
 }
 
 /// A disk, opened. The open files are all there is to hold on to: they keep cached images from being
@@ -76,8 +70,8 @@ pub struct AcquiredDisk {
 /// make file systems of its layers.
 ///
 /// # Errors
-/// Something isn't there or can't be made; the ledger, dropped, undoes the rest.
-pub fn acquire(plan: &Plan, ledger: &mut Ledger, config: &Resolved) -> Result<Resources, Error> {
+/// Something isn't there or can't be made.
+pub fn acquire(plan: &Plan, config: &Resolved) -> Result<Resources, Error> {
     for left_out in &plan.left_out {
         tracing::debug!(
             key = left_out.key,
@@ -94,17 +88,11 @@ pub fn acquire(plan: &Plan, ledger: &mut Ledger, config: &Resolved) -> Result<Re
         key: "kernel.initramfs",
         source,
     })?;
-    let cgroup = match &plan.cgroup {
-        Some(path) => HostCgroup::create(path, &plan.cpuset, ledger)?,
-        None => None,
-    };
     Ok(Resources {
         disks: rootfs::disks(&plan.disks, &cache)?,
         files: files::read(&plan.files)?,
         kernel,
         initramfs,
-        state_dir: ledger.directory().to_path_buf(),
-        cgroup,
     })
 }
 

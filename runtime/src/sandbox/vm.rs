@@ -120,44 +120,50 @@ impl Launcher for VmLauncher {
         }
         let (sender, events) = mpsc::unbounded_channel();
         let name = format!("{}/{}", request.namespace, request.id);
+        let (config, create) = (self.config.clone(), request.clone());
+        let planned = blocking("planning it", move || Planned::new(&create, &config));
+        let Planned {
+            plan,
+            hooks,
+            mut ledger,
+            cgroup,
+        } = planned.await?;
         let spawn = SpawnConfig {
             log_level: log_level(self.config.log.level),
             jail: self.config.jail.policy(),
+            cgroup_procs: cgroup.as_ref().map(HostCgroup::procs).unwrap_or_default(),
             ..SpawnConfig::new(name)
         };
-        let (config, create) = (self.config.clone(), request.clone());
+        let plan = Arc::new(plan);
+        let (config, needed) = (self.config.clone(), Arc::clone(&plan));
         // The process starts while images are made or looked up.
-        let (process, prepared) = tokio::join!(
+        let (process, resources) = tokio::join!(
             blocking("starting its process", move || {
                 VmHandle::spawn(spawn, Box::new(move |event| report(&sender, event)))
                     .map_err(|error| machine_error("starting its process", error))
             }),
-            blocking("preparing it", move || Prepared::new(&create, &config)),
+            blocking("preparing it", move || {
+                Ok(acquire::acquire(&needed, &config)?)
+            }),
         );
-        let (process, mut prepared) = (process?, prepared?);
-        let vsock = prepared.add_process(process.pid())?;
-        let socket = prepared.ledger.directory().join(VSOCK);
-        let guest = prepared.guest_container()?;
-        let hooks = prepared.hooks.clone();
-        let changes = prepared.plan.changes.clone();
+        // Whatever fails from here on, the process goes before the ledger is undone.
+        let process = process?;
+        let mut resources = resources?;
+        let vsock = add_process(&mut ledger, process.pid())?;
+        let socket = ledger.directory().join(VSOCK);
+        let guest = guest_container(&plan, &mut resources)?;
+        let changes = plan.changes.clone();
         let saving = changes.map(|changes| Saving::new(changes, request, &self.config));
         let (log, serial, agent_log) = GuestLog::start()?;
         let limit = self.config.timeouts.boot.0;
         let max_ports = last_port(&self.config) + 1;
         let overhead = self.config.vm.memory_overhead.0;
         let machine = blocking("booting it", move || {
-            let Prepared {
-                plan,
-                mut resources,
-                ledger,
-                ..
-            } = prepared;
             let size = MachineSize {
                 memory: plan.memory,
                 overhead,
                 least: MemorySize::MIN,
             };
-            let cgroup = resources.cgroup.take().map(Arc::new);
             let spec = boot_spec(&plan, resources, serial, vsock, max_ports);
             let booted = process.boot(&spec, limit).and_then(|()| {
                 process.attach_port(protocol::AGENT_CONSOLE_PORT, None, Some(agent_log))
@@ -170,7 +176,7 @@ impl Launcher for VmLauncher {
                 log,
                 requests: Semaphore::new(REQUESTS),
                 size,
-                cgroup,
+                cgroup: cgroup.map(Arc::new),
                 saving,
             })
         });
@@ -194,16 +200,16 @@ fn refuse_emulation() -> Result<(), Error> {
     }
 }
 
-/// Everything a machine needs but its process.
-struct Prepared {
+/// A machine that can be started.
+struct Planned {
     plan: Plan,
-    resources: Resources,
     hooks: Hooks,
-    /// After the resources: what is listed in it is undone when they are closed.
     ledger: Ledger,
+    /// Where the host accounts for it; `None` if there is no such place.
+    cgroup: Option<HostCgroup>,
 }
 
-impl Prepared {
+impl Planned {
     fn new(request: &Create, config: &Resolved) -> Result<Self, Error> {
         let spec = request.load_spec()?;
         let request = &mounted::with_root(request, &spec)?;
@@ -221,45 +227,45 @@ impl Prepared {
         if let Some(poststop) = hooks.poststop() {
             ledger.record(Entry::Poststop(poststop))?;
         }
-        let resources = acquire::acquire(&plan, &mut ledger, config)?;
+        let cgroup = match &plan.cgroup {
+            Some(path) => HostCgroup::create(path, &plan.cpuset, &mut ledger)?,
+            None => None,
+        };
         Ok(Self {
             plan,
-            resources,
             hooks,
             ledger,
+            cgroup,
         })
     }
+}
 
-    /// Books the machine's process and opens its way in.
-    fn add_process(&mut self, pid: u32) -> Result<UnixListener, Error> {
-        if let Some(start_time) = ledger::start_time(pid) {
-            self.ledger.record(Entry::Child { pid, start_time })?;
-        }
-        if let Some(cgroup) = &self.resources.cgroup {
-            cgroup.add(pid);
-        }
-        let path = self.ledger.directory().join(VSOCK);
-        self.ledger.record(Entry::File { path: path.clone() })?;
-        UnixListener::bind(&path).map_err(|source| Error::Machine {
-            what: "opening the socket of its vsock",
-            source: source.into(),
-        })
+/// Books the machine's process and opens its way in.
+fn add_process(ledger: &mut Ledger, pid: u32) -> Result<UnixListener, Error> {
+    if let Some(start_time) = ledger::start_time(pid) {
+        ledger.record(Entry::Child { pid, start_time })?;
     }
+    let path = ledger.directory().join(VSOCK);
+    ledger.record(Entry::File { path: path.clone() })?;
+    UnixListener::bind(&path).map_err(|source| Error::Machine {
+        what: "opening the socket of its vsock",
+        source: source.into(),
+    })
+}
 
-    fn guest_container(&mut self) -> Result<GuestContainer, Error> {
-        let spec_json =
-            serde_json::to_vec(&self.plan.guest_spec).map_err(|source| Error::Encode { source })?;
-        let mut rootfs = protocol::Rootfs::from(&self.plan.rootfs);
-        for disk in &self.resources.disks {
-            rootfs.partitions.extend(disk.partitions.iter().cloned());
-        }
-        Ok(GuestContainer {
-            rootfs,
-            spec_json,
-            files: std::mem::take(&mut self.resources.files),
-            hostname: self.plan.hostname.clone().unwrap_or_default(),
-        })
+fn guest_container(plan: &Plan, resources: &mut Resources) -> Result<GuestContainer, Error> {
+    let spec_json =
+        serde_json::to_vec(&plan.guest_spec).map_err(|source| Error::Encode { source })?;
+    let mut rootfs = protocol::Rootfs::from(&plan.rootfs);
+    for disk in &resources.disks {
+        rootfs.partitions.extend(disk.partitions.iter().cloned());
     }
+    Ok(GuestContainer {
+        rootfs,
+        spec_json,
+        files: std::mem::take(&mut resources.files),
+        hostname: plan.hostname.clone().unwrap_or_default(),
+    })
 }
 
 fn boot_spec(

@@ -47,17 +47,6 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
-    /// The child could not join its cgroup.
-    #[error("Add process {pid} to {}", path.display())]
-    Cgroup {
-        /// The `cgroup.procs` file.
-        path: PathBuf,
-        /// The child.
-        pid: u32,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
     /// The program is not a VMM child, or one that failed at its start.
     #[error("{} gave no greeting of a VMM: {found}", exe.display())]
     Greeting {

@@ -221,8 +221,9 @@ fn start(
     ours.set_write_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
     let mut child = birth::spawn(config, theirs)?;
+    put_into_cgroups(config, child.id());
     let stderr = child.stderr.take();
-    let missing = match admit(config, &ours, child.id()) {
+    let missing = match admit(config, &ours) {
         Ok(missing) => missing,
         Err(error) => {
             let status = kill_and_wait(&mut child);
@@ -254,19 +255,22 @@ fn start(
     Ok((Arc::new(shared), ours, stderr))
 }
 
-/// What a child must pass before it counts as started. Answers what it lacks.
-fn admit(
-    config: &SpawnConfig,
-    socket: &UnixStream,
-    pid: u32,
-) -> Result<Vec<Missing>, ControlError> {
-    if let Some(path) = &config.cgroup_procs {
-        fs::write(path, pid.to_string()).map_err(|source| ControlError::Cgroup {
-            path: path.clone(),
-            pid,
-            source,
-        })?;
+/// Done while the child confines itself. The kernel moves a process after a grace period (RCU) of
+/// some 10 ms, and KVM makes a VM after another, unless one has just been waited for: begun here,
+/// they are one.
+fn put_into_cgroups(config: &SpawnConfig, pid: u32) {
+    for path in &config.cgroup_procs {
+        if let Err(error) = fs::write(path, pid.to_string()) {
+            tracing::warn!(
+                vm = config.name, cgroup = %path.display(), pid, %error,
+                "cannot put the VMM process into its cgroup"
+            );
+        }
     }
+}
+
+/// What a child must pass before it counts as started. Answers what it lacks.
+fn admit(config: &SpawnConfig, socket: &UnixStream) -> Result<Vec<Missing>, ControlError> {
     socket
         .set_read_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
