@@ -127,9 +127,15 @@ fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> 
     make_room_for_files();
     let hypervisor = Host::open();
     let rings = Rings::make(RINGS);
-    let missing = jail::enter(&policy, &PROCESS)?;
+    let mut hypervisor = hypervisor.map(Ahead::new);
+    let begin = || {
+        if let Ok(hypervisor) = &mut hypervisor {
+            hypervisor.begin();
+        }
+    };
+    let missing = jail::enter_beside(&policy, &PROCESS, begin)?;
     Ok(Start {
-        hypervisor: hypervisor.map(Ahead::begin),
+        hypervisor,
         rings,
         missing,
     })

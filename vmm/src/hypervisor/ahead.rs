@@ -19,7 +19,7 @@ pub(crate) struct Ahead<H: Hypervisor> {
 /// How long the starter waits at most before it goes on. A kernel thread of the VM's own waits for
 /// the grace period, from when it first runs. On a host with one processor it would else run after
 /// all that the starter does and starts, and miss a tick.
-const HEAD_START: Duration = Duration::from_millis(1);
+const HEAD_START: Duration = Duration::from_micros(500);
 
 type Making<H> = JoinHandle<Result<<H as Hypervisor>::Vm, HypervisorError>>;
 
@@ -27,10 +27,17 @@ impl<H> Ahead<H>
 where
     H: Hypervisor<Vm: Send> + Send + Sync + 'static,
 {
+    /// One whose first VM is made when it is asked for, unless that has begun.
+    pub(crate) fn new(hypervisor: H) -> Self {
+        Self {
+            hypervisor: Arc::new(hypervisor),
+            first: Mutex::default(),
+        }
+    }
+
     /// Begins to make the first VM, and goes on when it is made or has had its [`HEAD_START`].
-    pub(crate) fn begin(hypervisor: H) -> Self {
-        let hypervisor = Arc::new(hypervisor);
-        let maker = Arc::clone(&hypervisor);
+    pub(crate) fn begin(&mut self) {
+        let maker = Arc::clone(&self.hypervisor);
         let (ended, end) = mpsc::channel::<Infallible>();
         let making = threads::builder("make-vm").spawn(move || {
             let made = maker.create_vm();
@@ -39,11 +46,8 @@ where
         });
         // Nothing is sent: it ends when the other side is dropped, as it is where there is no thread.
         let _ = end.recv_timeout(HEAD_START);
-        Self {
-            hypervisor,
-            // Without a thread it is made when it is asked for.
-            first: Mutex::new(making.ok()),
-        }
+        // Without a thread it is made when it is asked for.
+        self.first = Mutex::new(making.ok());
     }
 }
 
@@ -55,7 +59,7 @@ where
     type Cpu = H::Cpu;
 
     fn open() -> Result<Self, HypervisorError> {
-        H::open().map(Self::begin)
+        H::open().map(Self::new)
     }
 
     fn caps(&self) -> &Caps<H::Cpu> {
@@ -135,7 +139,8 @@ mod tests {
 
     #[test]
     fn the_first_vm_is_made_by_another_thread_and_more_by_whoever_asks() {
-        let host = Ahead::<Host>::open().unwrap();
+        let mut host = Ahead::<Host>::open().unwrap();
+        host.begin();
         for _ in 0..3 {
             host.create_vm().unwrap();
         }
@@ -149,7 +154,8 @@ mod tests {
 
     #[test]
     fn a_vm_that_nobody_asks_for_is_given_up() {
-        let host = Ahead::begin(Host::new(false));
+        let mut host = Ahead::new(Host::new(false));
+        host.begin();
         let hypervisor = Arc::clone(&host.hypervisor);
         drop(host);
         assert_eq!(Arc::strong_count(&hypervisor), 1, "its thread has ended");
@@ -158,7 +164,8 @@ mod tests {
 
     #[test]
     fn a_refusal_is_told_to_whoever_asks() {
-        let host = Ahead::begin(Host::new(true));
+        let mut host = Ahead::new(Host::new(true));
+        host.begin();
         let error = host.create_vm().err().map(|error| error.to_string());
         assert!(error.is_some_and(|error| error.contains("room")));
         host.create_vm().unwrap();

@@ -39,7 +39,20 @@ pub fn close_inherited() -> Result<(), JailError> {
 ///
 /// # Errors
 /// What the kernel refused.
-pub fn enter(_: &Policy, _: &Filter) -> Result<Vec<Missing>, JailError> {
+pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
+    enter_beside(policy, filter, || ())
+}
+
+/// As [`enter`]; calls `begin` first.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_beside(
+    _: &Policy,
+    _: &Filter,
+    begin: impl FnOnce(),
+) -> Result<Vec<Missing>, JailError> {
+    begin();
     let none = Rlimit {
         current: Some(0),
         maximum: Some(0),

@@ -55,7 +55,21 @@ pub fn close_inherited() -> Result<(), JailError> {
 /// The host lacks a layer that `policy` asks for, or refuses what any host allows. The process must
 /// end then: it is half confined.
 pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
-    confine(policy, filter, None)
+    enter_beside(policy, filter, || ())
+}
+
+/// As [`enter`]; calls `begin` once the process may have threads. One that `begin` starts is in the
+/// namespaces and has the ids of the process, but keeps its capabilities, which are of the user
+/// namespace, and no filter holds it: it must do one thing and end.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_beside(
+    policy: &Policy,
+    filter: &Filter,
+    begin: impl FnOnce(),
+) -> Result<Vec<Missing>, JailError> {
+    confine(policy, filter, None, begin)
 }
 
 /// What a process keeps that works on files which belong to others.
@@ -77,15 +91,18 @@ pub fn enter_keeping(
     filter: &Filter,
     keep: &Keep<'_>,
 ) -> Result<Vec<Missing>, JailError> {
-    confine(policy, filter, Some(keep))
+    confine(policy, filter, Some(keep), || ())
 }
 
 fn confine(
     policy: &Policy,
     filter: &Filter,
     keep: Option<&Keep<'_>>,
+    begin: impl FnOnce(),
 ) -> Result<Vec<Missing>, JailError> {
     forbid_privileges_and_dumps().map_err(JailError::Step)?;
+    let heap = seccomp::one_heap().map_err(step("share one heap"));
+    heap.map_err(JailError::Step)?;
     let mut walls = Walls {
         policy,
         missing: Vec::new(),
@@ -114,6 +131,7 @@ fn confine(
     if keep.is_none() {
         walls.raise(Layer::UserNamespace, ids::enter_user_namespace())?;
     }
+    begin();
     let capabilities = keep.map_or(CapabilitySet::empty(), |keep| keep.capabilities);
     ids::keep_capabilities(capabilities).map_err(JailError::Step)?;
     // After the credentials: a change of them resets both (prctl(2)).

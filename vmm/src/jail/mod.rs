@@ -6,8 +6,8 @@
 //!
 //! Nothing here knows of VMs, so that any program can confine a child of its own: it calls
 //! [`close_inherited`] first of all, opens what it needs, and calls [`enter`] before it starts a
-//! thread or reads a byte it doesn't trust. Each of its threads may then narrow what it may call by
-//! a [`Filter`] of its own.
+//! thread (but for [`enter_beside`]'s) or reads a byte it doesn't trust. Each of its threads may
+//! then narrow what it may call by a [`Filter`] of its own.
 
 pub mod calls;
 #[cfg(not(target_os = "linux"))]
@@ -34,13 +34,13 @@ use serde::{Deserialize, Serialize};
 #[cfg(not(target_os = "linux"))]
 pub(crate) use elsewhere::call_name;
 #[cfg(not(target_os = "linux"))]
-pub use elsewhere::{close_inherited, enter, spawn_apart};
+pub use elsewhere::{close_inherited, enter, enter_beside, spawn_apart};
 pub use filter::{
     EXIT_STATUS as SECCOMP_EXIT_STATUS, Filter, REPORT as SECCOMP_REPORT, Rule, Seccomp, When,
     absent, allow, allow_if,
 };
 #[cfg(target_os = "linux")]
-pub use linux::{Keep, close_inherited, enter, enter_keeping, spawn_apart};
+pub use linux::{Keep, close_inherited, enter, enter_beside, enter_keeping, spawn_apart};
 #[cfg(target_os = "linux")]
 pub(crate) use seccomp::call_name;
 

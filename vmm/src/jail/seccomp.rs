@@ -73,7 +73,6 @@ pub(super) fn begin(mode: Seccomp, filter: &Filter) -> Result<(), Refused> {
     if mode == Seccomp::Off {
         return Ok(());
     }
-    one_heap().map_err(step("share one heap"))?;
     handle_violations().map_err(step("install the handler of SIGSYS"))?;
     MODE.store(mode as u8, Ordering::Relaxed);
     let installed = filter.install();
@@ -91,11 +90,11 @@ fn mode() -> Seccomp {
         .unwrap_or(Seccomp::Off)
 }
 
-/// Has all threads use the C library's first heap. From another, which a thread would get by itself,
+/// Has all threads that are to start use the C library's first heap. From another, which a thread would get by itself,
 /// glibc gives memory back only after it has read in /proc whether the host overcommits, and no
 /// thread may open a file.
 #[cfg(target_env = "gnu")]
-fn one_heap() -> io::Result<()> {
+pub(super) fn one_heap() -> io::Result<()> {
     // SAFETY: sets a number of malloc's, under malloc's own lock.
     match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
         0 => Err(io::Error::other("mallopt(M_ARENA_MAX) failed")),
@@ -105,7 +104,7 @@ fn one_heap() -> io::Result<()> {
 
 /// Others have one heap.
 #[cfg(not(target_env = "gnu"))]
-fn one_heap() -> io::Result<()> {
+pub(super) fn one_heap() -> io::Result<()> {
     Ok(())
 }
 
