@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::board::{self, Serial};
-use super::devices::{DeviceSet, Devices, Handles, refused};
+use super::devices::{DeviceSet, Devices, Handles, Windows, refused};
 use super::run::{self, Begin, Running};
 use crate::arch::current::{
     self, BootSource, KernelImage, MEMORY_STEP, MIN_MEMORY, Platform, layout,
@@ -98,6 +98,7 @@ where
             let loaded = loading.join().unwrap_or_else(|panic| resume_unwind(panic));
             Ok::<_, Error>((made?, loaded?))
         })?;
+        let windows = set.build()?;
         let serial = config.serial.take().map(|sink| Serial {
             sink: Some(sink),
             state: None,
@@ -107,14 +108,14 @@ where
             let setup = current::vcpu_setup(&caps.cpu, index, count, entry);
             Ok(Begin::Boot(setup))
         };
-        Self::put_together(backend, memory, set, handles, serial, (count, begin))
+        Self::put_together(backend, memory, windows, handles, serial, (count, begin))
     }
 
     /// Gives a VM its memory, vCPUs and devices.
     pub(super) fn put_together(
         backend: B,
         memory: GuestMemory,
-        set: DeviceSet,
+        windows: Windows<B::Line>,
         handles: Handles,
         serial: Option<Serial>,
         (count, begin): (u32, impl Fn(u32) -> Result<Begin<VcpuOf<B>>, Error>),
@@ -135,7 +136,7 @@ where
         backend.complete()?;
         let mut buses = Buses::default();
         let port = board::attach(&backend, &mut buses, serial)?;
-        let devices = set.attach(&backend, &mut buses.mmio, port)?;
+        let devices = windows.attach(&backend, &mut buses.mmio, port)?;
         Ok(Self {
             vcpus,
             buses: Arc::new(buses),
@@ -160,10 +161,6 @@ where
             .map_err(refused("console0"))?;
         // No driver is at work: there is nothing to wait for.
         attaching.wait(Duration::ZERO).map_err(refused("console0"))
-    }
-
-    pub(super) fn devices(&self) -> &Devices {
-        &self.devices
     }
 
     pub(super) fn start(self) -> Result<Running, Error> {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::assembly::notify_address;
 use super::board::{Port, PortState};
@@ -156,36 +156,72 @@ impl DeviceSet {
         u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
     }
 
-    /// Gives each device its window, interrupt pin and doorbells.
-    pub(super) fn attach<B: VmBackend>(
+    /// Puts each device behind a transport. That takes no VM: it is done while one is made.
+    pub(super) fn build<L: IrqLine>(self) -> Result<Windows<L>, Error> {
+        if self.len() > layout::MAX_VIRTIO_DEVICES {
+            let (asked, max) = (self.devices.len(), layout::MAX_VIRTIO_DEVICES);
+            return Err(Error::TooManyDevices { asked, max });
+        }
+        let mut windows = Vec::with_capacity(self.devices.len());
+        for (device, reactor) in self.devices {
+            let line = Arc::new(OnceLock::<L>::new());
+            let (raised, lowered) = (Arc::clone(&line), Arc::clone(&line));
+            let id = device.id().to_owned();
+            let parts = MmioParts {
+                memory: self.memory.clone(),
+                reactor,
+                // No device works before it has its line.
+                raise: Box::new(move || {
+                    if let Some(line) = raised.get() {
+                        line.raise();
+                    }
+                }),
+                lower: Box::new(move || lowered.get().is_some_and(IrqLine::lower)),
+                observer: Arc::clone(&self.observer),
+            };
+            let transport = MmioTransport::new(device, parts).map_err(refused(&id))?;
+            windows.push((Arc::new(transport), line));
+        }
+        Ok(Windows {
+            windows,
+            reactors: (self.shared, self.own),
+        })
+    }
+}
+
+/// Devices behind transports, in the order of their slots, and the lines they will have.
+pub(super) struct Windows<L> {
+    windows: Vec<(Arc<MmioTransport>, Arc<OnceLock<L>>)>,
+    reactors: (Reactor, Vec<Reactor>),
+}
+
+impl<L: IrqLine> Windows<L> {
+    /// Makes fresh devices what others were, slot by slot.
+    pub(super) fn restore(&self, states: Vec<TransportState>) -> Result<(), Error> {
+        for ((transport, _), state) in self.windows.iter().zip(states) {
+            let device = state.id.clone();
+            let restored = transport.restore(state);
+            restored.map_err(|source| Error::Restore { device, source })?;
+        }
+        Ok(())
+    }
+
+    /// Gives each device its place, interrupt pin and doorbells.
+    pub(super) fn attach<B: VmBackend<Line = L>>(
         self,
         backend: &B,
         mmio: &mut Bus,
         port: Option<Arc<Port>>,
     ) -> Result<Devices, Error> {
-        if self.len() > layout::MAX_VIRTIO_DEVICES {
-            let (asked, max) = (self.devices.len(), layout::MAX_VIRTIO_DEVICES);
-            return Err(Error::TooManyDevices { asked, max });
-        }
-        let mut transports = Vec::with_capacity(self.devices.len());
-        for (slot, (device, reactor)) in (0..).zip(self.devices) {
-            let line = Arc::new(backend.irq_line(layout::virtio_pin(slot))?);
-            let lowered = Arc::clone(&line);
-            let id = device.id().to_owned();
-            let parts = MmioParts {
-                memory: self.memory.clone(),
-                reactor,
-                raise: Box::new(move || line.raise()),
-                lower: Box::new(move || lowered.lower()),
-                observer: Arc::clone(&self.observer),
-            };
-            let transport = MmioTransport::new(device, parts).map_err(refused(&id))?;
+        let mut transports = Vec::with_capacity(self.windows.len());
+        for (slot, (transport, line)) in (0..).zip(self.windows) {
+            // Nobody else sets it.
+            let _ = line.set(backend.irq_line(layout::virtio_pin(slot))?);
             for (index, doorbell) in (0..BOUND).zip(transport.doorbells()) {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
                 }
             }
-            let transport = Arc::new(transport);
             let window: Arc<MmioTransport> = Arc::clone(&transport);
             mmio.insert(layout::virtio_address(slot), layout::VIRTIO_STRIDE, window)?;
             transports.push(transport);
@@ -194,7 +230,7 @@ impl DeviceSet {
             transports,
             port,
             still: Mutex::default(),
-            _reactors: (self.shared, self.own),
+            _reactors: self.reactors,
         })
     }
 }
@@ -304,16 +340,6 @@ impl Devices {
     /// Waits until no other holds devices still.
     fn still(&self) -> MutexGuard<'_, ()> {
         self.still.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes fresh devices what others were, slot by slot.
-    pub(super) fn restore(&self, states: Vec<TransportState>) -> Result<(), Error> {
-        for (transport, state) in self.transports.iter().zip(states) {
-            let device = state.id.clone();
-            let restored = transport.restore(state);
-            restored.map_err(|source| Error::Restore { device, source })?;
-        }
-        Ok(())
     }
 
     /// Starts the devices that a driver goes on with.

@@ -122,6 +122,8 @@ where
             sink: config.serial.take(),
             state: Some(state),
         });
+        let windows = set.build()?;
+        windows.restore(devices)?;
         let backend = hypervisor.create_vm()?;
         let states = std::cell::RefCell::new(vcpus.into_iter());
         let begin = |_| match states.borrow_mut().next() {
@@ -129,9 +131,9 @@ where
             None => Err(mismatch("fewer vCPUs", "more")),
         };
         let count = machine.vcpus;
-        let assembly = Self::put_together(backend, memory, set, handles, serial, (count, begin))?;
+        let assembly =
+            Self::put_together(backend, memory, windows, handles, serial, (count, begin))?;
         assembly.backend().restore(&vm)?;
-        assembly.devices().restore(devices)?;
         // The ports know by now what the guest has open.
         for (port, ends) in config.ports {
             assembly.attach(port, ends)?;
