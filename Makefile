@@ -13,7 +13,7 @@ demo: ## Set everything up, then run containers in microVMs under a real contain
 test: ## Set up what is missing and run every test; E2E=name runs some end-to-end tests only, CONTAINERD=1.7 or 2.x on one
 	@$(XTASK) test
 
-soak: ## Faults, with 200 containers one after the other, 20 at once, containerd killed at each step (an hour and more in the lab)
+soak: ## Faults, with 200 containers one after the other and containerd killed at each step (an hour and more in the lab)
 	@$(XTASK) test --e2e faults:: --containerd 2.x --runs 200
 
 test-arm64: ## Tests of arm64, cross-built, in the arm64 lab

@@ -35,9 +35,6 @@ pub(crate) struct World {
     pub(crate) runs: u32,
 }
 
-/// From so many runs on, what takes many is wanted.
-const MANY: u32 = 100;
-
 impl World {
     pub(crate) fn new(
         runtime: String,
@@ -155,22 +152,6 @@ impl World {
         Trial::ignorable_test(name, move || {
             if !world.images.join(DEBIAN_ARCHIVE).exists() {
                 return Ok(Completion::ignored_with("there is no image of Debian"));
-            }
-            run(&world).map(|()| Completion::Completed).map_err(failed)
-        })
-    }
-
-    /// One that runs with many runs alone (`make soak`), and why it does not otherwise.
-    pub(crate) fn soak_test(
-        &self,
-        name: &str,
-        why: &'static str,
-        run: fn(&Self) -> Result<()>,
-    ) -> Trial {
-        let world = self.clone();
-        Trial::ignorable_test(name, move || {
-            if world.runs < MANY || !world.host.is_vm() {
-                return Ok(Completion::ignored_with(why));
             }
             run(&world).map(|()| Completion::Completed).map_err(failed)
         })

@@ -18,11 +18,7 @@ const MIB: u64 = 1 << 20;
 
 pub(super) fn tests(world: &World) -> Vec<Trial> {
     vec![
-        world.soak_test(
-            "faults::twenty_at_once",
-            "it takes minutes, and an emulated machine may break a guest of twenty",
-            twenty_at_once,
-        ),
+        world.vm_test("faults::twenty_at_once", twenty_at_once),
         world.vm_test("faults::bad_neighbours", bad_neighbours),
     ]
 }
