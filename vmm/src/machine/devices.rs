@@ -217,7 +217,7 @@ impl<L: IrqLine> Windows<L> {
         for (slot, (transport, line)) in (0..).zip(self.windows) {
             // Nobody else sets it.
             let _ = line.set(backend.irq_line(layout::virtio_pin(slot))?);
-            for (index, doorbell) in (0..BOUND).zip(transport.doorbells()) {
+            for (index, doorbell) in (0..BOUND).zip(transport.busy_doorbells()) {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
                 }

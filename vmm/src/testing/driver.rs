@@ -1,6 +1,7 @@
 //! A driver's half of a split virtqueue (virtio 1.2, 2.7), with the means to break every rule.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
@@ -39,7 +40,7 @@ pub struct DriverQueue {
     desc: u64,
     avail: u64,
     used: u64,
-    bell: Doorbell,
+    bell: Arc<Doorbell>,
     features: u64,
     free: Vec<u16>,
     /// Chains the device has, by head.
@@ -63,7 +64,7 @@ impl DriverQueue {
             desc: guest.alloc(16 * entries, 16),
             avail: guest.alloc(6 + 2 * entries, 2),
             used: guest.alloc(6 + 8 * entries, 4),
-            bell: Doorbell::new().expect("a doorbell"),
+            bell: Arc::new(Doorbell::new().expect("a doorbell")),
             features: 0,
             free: Vec::new(),
             lent: HashMap::new(),
@@ -133,7 +134,7 @@ impl DriverQueue {
         ActiveQueue {
             index: self.index,
             queue: self.device_side_of(ring),
-            doorbell: self.bell.try_clone().expect("a doorbell"),
+            doorbell: Arc::clone(&self.bell),
         }
     }
 
@@ -142,7 +143,7 @@ impl DriverQueue {
         ActiveQueue {
             index: self.index,
             queue: self.device_side(),
-            doorbell: self.bell.try_clone().expect("a doorbell"),
+            doorbell: Arc::clone(&self.bell),
         }
     }
 

@@ -17,6 +17,7 @@ pub mod transport;
 pub mod vsock;
 
 use std::io;
+use std::sync::Arc;
 
 pub use interrupt::{FaultObserver, Faults, Interrupt};
 pub use state::{DeviceState, Position, Positions, QuiesceError, Saved, StateError};
@@ -77,6 +78,12 @@ pub trait VirtioDevice: Send {
 
     /// The largest size of each queue, in index order; powers of two.
     fn queue_max_sizes(&self) -> Vec<u16>;
+
+    /// Queues, from the first on, whose doorbells ring often enough to be worth what it takes to have
+    /// the hypervisor ring them. The others ring by an exit.
+    fn busy_queues(&self) -> usize {
+        usize::MAX
+    }
 
     /// The device's own feature bits; the transport adds `VERSION_1` and the ring features.
     fn features(&self) -> u64;
@@ -179,7 +186,7 @@ pub struct ActiveQueue {
     /// The ring itself.
     pub queue: Virtqueue,
     /// Rung by the driver's notification.
-    pub doorbell: Doorbell,
+    pub doorbell: Arc<Doorbell>,
 }
 
 impl ActiveQueue {

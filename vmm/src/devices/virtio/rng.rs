@@ -80,6 +80,11 @@ impl VirtioDevice for Rng {
         TYPE
     }
 
+    /// A guest asks for entropy when it boots, and rarely after that.
+    fn busy_queues(&self) -> usize {
+        0
+    }
+
     fn queue_max_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE]
     }

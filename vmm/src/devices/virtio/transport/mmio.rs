@@ -90,7 +90,8 @@ impl fmt::Debug for MmioParts {
 pub struct MmioTransport {
     /// Shared with the worker: status words and the interrupt.
     lines: Arc<Lines>,
-    doorbells: Vec<Doorbell>,
+    doorbells: Vec<Arc<Doorbell>>,
+    busy: usize,
     state: Mutex<State>,
 }
 
@@ -121,8 +122,9 @@ impl MmioTransport {
         let sizes = device.queue_max_sizes();
         let doorbells = sizes
             .iter()
-            .map(|_| Doorbell::new())
+            .map(|_| Doorbell::new().map(Arc::new))
             .collect::<Result<_, _>>()?;
+        let busy = device.busy_queues();
         let interrupt = Interrupt::new(Arc::clone(&lines));
         let faults = Faults::new(device.id(), interrupt, parts.observer);
         let state = State {
@@ -142,13 +144,19 @@ impl MmioTransport {
         Ok(Self {
             lines,
             doorbells,
+            busy,
             state: Mutex::new(state),
         })
     }
 
     /// The doorbell of each queue, in index order.
-    pub fn doorbells(&self) -> &[Doorbell] {
+    pub fn doorbells(&self) -> &[Arc<Doorbell>] {
         &self.doorbells
+    }
+
+    /// Those of them that the hypervisor should ring, from the first on.
+    pub fn busy_doorbells(&self) -> &[Arc<Doorbell>] {
+        self.doorbells.get(..self.busy).unwrap_or(&self.doorbells)
     }
 
     /// Stops the device for good; the VM's vCPUs must have stopped.
@@ -271,7 +279,7 @@ impl MmioTransport {
             queues.push(ActiveQueue {
                 index,
                 queue,
-                doorbell: doorbell.try_clone()?,
+                doorbell: Arc::clone(doorbell),
             });
         }
         state.device.activate(Activation {

@@ -61,6 +61,11 @@ impl VirtioDevice for Vsock {
         DEVICE_ID
     }
 
+    /// Not that of events.
+    fn busy_queues(&self) -> usize {
+        2
+    }
+
     fn queue_max_sizes(&self) -> Vec<u16> {
         QUEUE_SIZES.to_vec()
     }
