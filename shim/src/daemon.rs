@@ -26,6 +26,10 @@ use crate::task::{Task, services};
 const BLOCKING_THREADS: usize = 4;
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
+/// Bytes of stack of such a thread. Less than a huge page: a stack of 2 MiB may get one at its first
+/// touch.
+const BLOCKING_STACK: usize = 512 << 10;
+
 /// How long the last events may take to reach containerd.
 const FLUSH: Duration = Duration::from_secs(10);
 
@@ -49,6 +53,7 @@ pub(crate) fn run(args: Args) -> Result<(), BoxError> {
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_keep_alive(BLOCKING_KEEP_ALIVE)
+        .thread_stack_size(BLOCKING_STACK)
         .build()?;
     let result = runtime.block_on(serve(&args, listener, config));
     // Blocking work still under way is for something that has ended.

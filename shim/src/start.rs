@@ -134,6 +134,8 @@ fn spawn(args: &Args, listener: UnixListener) -> Result<Child, BoxError> {
         .arg(&args.bundle)
         .current_dir(&args.bundle)
         .env(TTRPC_ADDRESS, &args.ttrpc_address)
+        // One heap for all threads: each of glibc's others keeps 132 KiB for as long as it lives.
+        .env("MALLOC_ARENA_MAX", "1")
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)))
         .stdout(Stdio::from(pid_file))
         .stderr(log(&args.bundle))

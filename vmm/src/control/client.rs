@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
@@ -16,6 +15,7 @@ use super::supervisor::{Shared, supervise};
 use crate::devices::virtio::console::ATTACH_LIMIT;
 use crate::jail::Missing;
 use crate::snapshot::{SnapshotError, SnapshotTarget};
+use crate::sys::threads;
 
 /// What a request may take that the child answers by itself.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -108,8 +108,7 @@ impl VmHandle {
     ) -> Result<Self, ControlError> {
         let (started, result) = mpsc::sync_channel(1);
         let name = config.name.clone();
-        thread::Builder::new()
-            .name("vmm-control".to_owned())
+        threads::builder("vmm-control")
             .spawn(move || supervise(&config, &on_event, &started))
             .map_err(|source| ControlError::Thread {
                 name: name.clone(),
