@@ -1,8 +1,9 @@
 //! Seccomp: which system calls a thread may make, declared beside the code that makes them.
 //!
 //! A process gets one [`Filter`] with all that any of its threads needs, and each thread a narrower
-//! one on top when it starts, which says no more than what it takes away; the kernel asks both. What none allows ends the process, after
-//! a line on standard error that says which call it was.
+//! one on top when it starts, which says no more than what it takes away; the kernel asks both. What
+//! one of them does not allow ends the process, after a line on standard error that says which call
+//! it was.
 
 #![allow(
     unsafe_code,
