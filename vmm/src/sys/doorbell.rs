@@ -10,7 +10,6 @@ use vmm_sys_util::event::{
 /// One notification with memory: rung any number of times before it is cleared, it counts once.
 ///
 /// On Linux it is one eventfd, so KVM can ring it itself (ioeventfd); elsewhere it is a pipe.
-/// Clones share the notification.
 #[derive(Debug)]
 pub struct Doorbell {
     consumer: EventConsumer,
@@ -49,14 +48,6 @@ impl Doorbell {
             }
         }
     }
-
-    /// A second owner of the same notification.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            consumer: self.consumer.try_clone()?,
-            notifier: self.notifier.try_clone()?,
-        })
-    }
 }
 
 impl AsFd for Doorbell {
@@ -79,14 +70,5 @@ mod tests {
         bell.ring().unwrap();
         assert!(bell.clear().unwrap());
         assert!(!bell.clear().unwrap());
-    }
-
-    #[test]
-    fn clones_share_the_notification() {
-        let bell = Doorbell::new().unwrap();
-        let clone = bell.try_clone().unwrap();
-        clone.ring().unwrap();
-        assert!(bell.clear().unwrap());
-        assert!(!clone.clear().unwrap());
     }
 }

@@ -10,7 +10,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// Tells what it saw, and does what a test asks for through `call`.
 struct Probe {
-    bell: Doorbell,
+    bell: Arc<Doorbell>,
     seen: mpsc::Sender<(usize, Readiness)>,
 }
 
@@ -27,12 +27,12 @@ impl Worker for Probe {
     }
 }
 
-fn probe() -> (Probe, Doorbell, mpsc::Receiver<(usize, Readiness)>) {
-    let bell = Doorbell::new().unwrap();
+fn probe() -> (Probe, Arc<Doorbell>, mpsc::Receiver<(usize, Readiness)>) {
+    let bell = Arc::new(Doorbell::new().unwrap());
     let (seen, events) = mpsc::channel();
     (
         Probe {
-            bell: bell.try_clone().unwrap(),
+            bell: Arc::clone(&bell),
             seen,
         },
         bell,
