@@ -112,7 +112,7 @@ fn a_process_is_accounted_for_and_the_cgroup_goes_with_the_ledger() {
 
 /// From a bundle to open disks, and back to nothing.
 #[test]
-fn what_was_acquired_is_gone_with_the_ledger_and_the_files() {
+fn what_was_acquired_is_gone_with_its_files() {
     use crate::plan::{HostFacts, plan};
     use crate::request::{Create, Mount, Stdio};
 
