@@ -16,6 +16,8 @@ use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::paths;
 
+/// How much of its console is shown: a kernel's oops, and what led to it.
+const CONSOLE_LINES: usize = 80;
 /// The exchange disk: what a run brings along. Sparse.
 const EXCHANGE_SIZE: u64 = 12 << 30;
 
@@ -71,7 +73,7 @@ impl Lab {
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         lines
-            .get(lines.len().saturating_sub(20)..)
+            .get(lines.len().saturating_sub(CONSOLE_LINES)..)
             .unwrap_or_default()
             .join("\n")
     }

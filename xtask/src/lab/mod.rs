@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail};
 use self::channel::Request;
 use self::machine::{Lab, Shape};
 use self::model::Model;
+pub(crate) use self::session::Broken;
 use self::session::{Load, Session};
 use crate::arch::Arch;
 use crate::containerd::Version;

@@ -10,25 +10,65 @@ use anyhow::{Context, Result, bail};
 use super::model::Model;
 use crate::apt;
 
-/// In `helper_vmrun` of Debian's 10.0.2, where it injects an interrupt: the vector, `error_code`,
-/// `exception_index`, `exception_is_int` and `exception_next_eip`.
-const INJECTION: [&[u8]; 5] = [
-    &[0x41, 0x0f, 0xb6, 0xf4],
-    &[0x44, 0x89, 0xab, 0xe0, 0x33, 0, 0],
-    &[0x89, 0xb3, 0x10, 0xd7, 0xff, 0xff],
-    &[0xc7, 0x83, 0xe4, 0x33, 0, 0, 0, 0, 0, 0],
-    &[0x48, 0xc7, 0x83, 0xe8, 0x33, 0, 0, 0xff, 0xff, 0xff, 0xff],
+/// A fault of Debian's 10.0.2, by the code that it is in.
+struct Fault {
+    /// Occurs once.
+    code: &'static [&'static [u8]],
+    /// Which part of it is wrong.
+    part: usize,
+    /// What is to stand there, as long as it.
+    instead: &'static [u8],
+}
+
+/// All are in `helper_vmrun`.
+const FAULTS: [Fault; 2] = [
+    // Where it injects an interrupt: the vector, `error_code`, `exception_index`,
+    // `exception_is_int` and `exception_next_eip`. The third is one too many: it is used only when a
+    // kick finds it there before the guest's next exit, and then delivers the interrupt a second
+    // time: the guest breaks. Instead, one instruction that does nothing.
+    Fault {
+        code: &[
+            &[0x41, 0x0f, 0xb6, 0xf4],
+            &[0x44, 0x89, 0xab, 0xe0, 0x33, 0, 0],
+            &[0x89, 0xb3, 0x10, 0xd7, 0xff, 0xff],
+            &[0xc7, 0x83, 0xe4, 0x33, 0, 0, 0, 0, 0, 0],
+            &[0x48, 0xc7, 0x83, 0xe8, 0x33, 0, 0, 0xff, 0xff, 0xff, 0xff],
+        ],
+        part: 2,
+        instead: &[0x66, 0x0f, 0x1f, 0x44, 0, 0],
+    },
+    // `interrupt_request |= CPU_INTERRUPT_VIRQ` if there is a virtual interrupt: others set bits of
+    // it at the same time (those of devices, timers, the other processor), and one of them may be
+    // lost: a processor of the lab sleeps on. Instead, the same byte set with a lock.
+    Fault {
+        code: &[
+            &[0x85, 0xf6, 0x74, 0x0a],
+            &[0x81, 0x8b, 0x10, 0xd5, 0xff, 0xff, 0, 1, 0, 0],
+            &[0xf6, 0x83, 0xb2, 0, 0, 0, 0x20],
+        ],
+        part: 1,
+        instead: &[0xf0, 0x80, 0x8b, 0x11, 0xd5, 0xff, 0xff, 1, 0x66, 0x90],
+    },
 ];
 
-/// Which of them is one too many. What it stores is used only when a kick finds it there before the
-/// guest's next exit, and then delivers the interrupt a second time: the guest breaks.
-const FAULT: usize = 2;
+impl Fault {
+    /// Where its wrong part is, if the code is there exactly once.
+    fn find(&self, program: &[u8]) -> Option<usize> {
+        let code = self.code.concat();
+        let mut places = program
+            .windows(code.len())
+            .enumerate()
+            .filter(|(_, window)| *window == code);
+        let (Some((place, _)), None) = (places.next(), places.next()) else {
+            return None;
+        };
+        let before = self.code.iter().take(self.part);
+        Some(place + before.map(|part| part.len()).sum::<usize>())
+    }
+}
 
-/// One instruction that does nothing, as long as that store.
-const NOTHING: [u8; 6] = [0x66, 0x0f, 0x1f, 0x44, 0, 0];
-
-/// The program to run a lab in `dir` with: a copy without the fault if it has it where we know it,
-/// else as it is installed.
+/// The program to run a lab in `dir` with: a copy without the faults if it has them where we
+/// know them, else as it is installed.
 pub(super) fn program(model: &Model, dir: &Path) -> Result<PathBuf> {
     ensure(model)?;
     let installed = std::env::var_os("PATH")
@@ -48,27 +88,17 @@ pub(super) fn program(model: &Model, dir: &Path) -> Result<PathBuf> {
     Ok(copy)
 }
 
-/// The code without the fault, if that is in it exactly once.
-fn mended(mut code: Vec<u8>) -> Option<Vec<u8>> {
-    let injection = INJECTION.concat();
-    let mut places = code
-        .windows(injection.len())
-        .enumerate()
-        .filter(|(_, window)| *window == injection);
-    let (Some((place, _)), None) = (places.next(), places.next()) else {
-        return None;
-    };
-    let store = place
-        + INJECTION
-            .iter()
-            .take(FAULT)
-            .map(|part| part.len())
-            .sum::<usize>();
-    code.get_mut(store..)?
-        .iter_mut()
-        .zip(NOTHING)
-        .for_each(|(byte, nothing)| *byte = nothing);
-    Some(code)
+/// The program without the faults, if it has all of them.
+fn mended(mut program: Vec<u8>) -> Option<Vec<u8>> {
+    for fault in &FAULTS {
+        let place = fault.find(&program)?;
+        program
+            .get_mut(place..)?
+            .iter_mut()
+            .zip(fault.instead)
+            .for_each(|(byte, instead)| *byte = *instead);
+    }
+    Some(program)
 }
 
 /// QEMU 10 of backports where this release has one older; any from 7.2 on is taken as it is.
@@ -104,17 +134,26 @@ pub(super) fn ensure(model: &Model) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// A program with the code of every fault, its wrong parts as `part` tells.
+    fn program(part: impl Fn(&Fault) -> &'static [u8]) -> Vec<u8> {
+        let mut program = vec![0x90; 5];
+        for fault in &FAULTS {
+            let mut code = fault.code.to_vec();
+            code[fault.part] = part(fault);
+            program.extend(code.concat());
+        }
+        program.push(0xc3);
+        program
+    }
+
     #[test]
-    fn the_fault_goes_and_all_else_stays() {
-        let code = |store: &[u8]| {
-            let mut parts = INJECTION;
-            parts[FAULT] = store;
-            [&[0x90; 5], parts.concat().as_slice(), &[0xc3]].concat()
-        };
-        assert_eq!(NOTHING.len(), INJECTION[FAULT].len());
-        assert_eq!(mended(code(INJECTION[FAULT])), Some(code(&NOTHING)));
+    fn the_faults_go_and_all_else_stays() {
+        let faulty = program(|fault| fault.code[fault.part]);
+        let right = program(|fault| fault.instead);
+        assert_eq!(faulty.len(), right.len());
+        assert_eq!(mended(faulty.clone()).as_ref(), Some(&right));
         // Another build's, and what is in it twice, is left alone.
-        assert_eq!(mended(code(&NOTHING)), None);
-        assert_eq!(mended(code(INJECTION[FAULT]).repeat(2)), None);
+        assert_eq!(mended(right), None);
+        assert_eq!(mended(faulty.repeat(2)), None);
     }
 }

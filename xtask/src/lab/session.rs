@@ -27,6 +27,18 @@ const KILL_DEADLINE: Duration = Duration::from_secs(60);
 /// The status `timeout` gives too.
 const TIMED_OUT: i32 = 124;
 
+/// The lab itself ended or stands still, and with it what ran in it.
+#[derive(Debug)]
+pub(crate) struct Broken(String);
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        to.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Broken {}
+
 /// An open channel to a lab that has said it is ready.
 pub(super) struct Session<'lab> {
     lab: &'lab Lab,
@@ -163,9 +175,12 @@ impl<'lab> Session<'lab> {
                     self.send(Kind::Kill, &[])?;
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    eprintln!("xtask: the lab did not end the command; ending the lab");
+                    let error = Broken(format!(
+                        "the lab stands still; its console ends with:\n{}",
+                        self.lab.console_tail()
+                    ));
                     self.lab.end()?;
-                    return Ok(TIMED_OUT);
+                    return Err(error.into());
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.gone()),
             }
@@ -204,11 +219,12 @@ impl<'lab> Session<'lab> {
             .lines()
             .filter(|line| !line.contains("TCG doesn't"))
             .collect();
-        anyhow::anyhow!(
+        let error = Broken(format!(
             "the lab ended; its console ends with:\n{}\n{}",
             self.lab.console_tail(),
             log.join("\n")
-        )
+        ));
+        error.into()
     }
 }
 

@@ -1,13 +1,13 @@
 //! The end-to-end tests on every containerd: in labs beside each other, or one after the other
 //! where they share a host.
 
-use std::io::{self, Write};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 
-use super::total::{Total, test_and_outcome};
+use super::total::Total;
+use super::watch::Watch;
 use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
@@ -21,20 +21,22 @@ const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// One container more, in the lab.
 const RUN: Duration = Duration::from_secs(30);
 /// One test: its own deadlines end it far earlier, unless the lab itself hangs.
-const SILENCE: Duration = Duration::from_secs(15 * 60);
+const SILENCE: Duration = Duration::from_secs(8 * 60);
 /// How many of the slowest tests are named.
 const SLOWEST: usize = 10;
 
 /// What a run on one containerd told.
 #[derive(Debug)]
 pub(super) struct Report {
-    version: Version,
+    pub(super) version: Version,
     pub(super) total: Total,
     /// The containerd's exact version.
-    release: Option<String>,
+    pub(super) release: Option<String>,
     /// Tests left to the other run, as one containerd is enough for them.
-    left_out: u32,
-    durations: Vec<(String, Duration)>,
+    pub(super) left_out: u32,
+    pub(super) durations: Vec<(String, Duration)>,
+    /// How often a lab broke, and another went on.
+    pub(super) broken: u32,
 }
 
 impl Report {
@@ -53,6 +55,10 @@ impl Report {
         let once: u32 = reports.iter().map(|report| report.left_out).sum();
         if once > 0 {
             text.push_str(&format!(", {once} tests ran on one alone"));
+        }
+        let broken: u32 = reports.iter().map(|report| report.broken).sum();
+        if broken > 0 {
+            text.push_str(&format!(", labs that broke: {broken}"));
         }
         text
     }
@@ -117,31 +123,35 @@ fn on_one(
     args.extend(filter.map(str::to_owned));
     let out = paths::products(arch).join("e2e").join(version.name());
     paths::remove_dir(&out)?;
-    let launch = Launch {
-        arch,
-        program: "e2e",
-        containerd: version,
-        args: &args,
-        timeout: Some(LIMIT + RUN * runs.unwrap_or(0)),
-        silence: Some(SILENCE + RUN * runs.unwrap_or(0)),
-        out: Some(out),
-        icount: false,
-    };
     let mut watch = Watch::new(version);
-    let status = programs::launch(place, launch, &mut watch)?;
-    let mut report = watch.report;
-    if status != 0 && report.total.failed == 0 {
-        // It ended before it could count: that is a failure too.
-        let last = report.durations.last().map(|(name, _)| name.as_str());
-        report.total.fail(
-            "e2e",
-            format!(
-                "ended with status {status} after {}",
-                last.unwrap_or("its start")
-            ),
-        );
+    loop {
+        let without = watch.settled().flat_map(|name| ["--without", name]);
+        let args: Vec<_> = args
+            .iter()
+            .cloned()
+            .chain(without.map(str::to_owned))
+            .collect();
+        let launch = Launch {
+            arch,
+            program: "e2e",
+            containerd: version,
+            args: &args,
+            timeout: Some(LIMIT + RUN * runs.unwrap_or(0)),
+            silence: Some(SILENCE + RUN * runs.unwrap_or(0)),
+            out: Some(out.clone()),
+            icount: false,
+        };
+        match programs::launch(place, launch, &mut watch) {
+            Ok(status) => return Ok(watch.ended(status)),
+            // Another lab goes on, beginning with the test that ran in this one.
+            Err(error) if error.is::<lab::Broken>() => {
+                if !watch.broke(&error) {
+                    return Ok(watch.report());
+                }
+            }
+            Err(error) => return Err(error),
+        }
     }
-    Ok(report)
 }
 
 fn name_the_slowest(reports: &[Report]) {
@@ -155,103 +165,5 @@ fn name_the_slowest(reports: &[Report]) {
     all.sort_by_key(|(_, (_, took))| std::cmp::Reverse(*took));
     for (version, (name, took)) in all.into_iter().take(SLOWEST) {
         eprintln!("    {:6.1} s  {name} ({version})", took.as_secs_f64());
-    }
-}
-
-/// Standard output of a run: shown with the version before each line, counted and timed.
-struct Watch {
-    report: Report,
-    /// A line that has not ended yet.
-    line: Vec<u8>,
-    /// When the previous test had ended.
-    since: Instant,
-}
-
-impl Watch {
-    fn new(version: Version) -> Self {
-        let report = Report {
-            version,
-            total: Total::default(),
-            release: None,
-            left_out: 0,
-            durations: Vec::new(),
-        };
-        Self {
-            report,
-            line: Vec::new(),
-            since: Instant::now(),
-        }
-    }
-
-    fn take_line(&mut self, line: &str) {
-        let version = self.report.version.name();
-        let report = &mut self.report;
-        report.total.take_line(line);
-        if let Some((name, outcome)) = test_and_outcome(line) {
-            let took = self.since.elapsed();
-            self.since = Instant::now();
-            eprintln!(
-                "    {version} {:6.1} s  {name} ... {outcome}",
-                took.as_secs_f64()
-            );
-            report.durations.push((name.to_owned(), took));
-            return;
-        }
-        if line.starts_with("running ") {
-            self.since = Instant::now();
-        } else if let Some(release) = line.strip_prefix("containerd ") {
-            // Without the packager's suffix: 1.7.24~ds1, 2.1.9+unknown.
-            let release = release.split(['~', '+']).next();
-            report.release = release.map(|release| release.trim().to_owned());
-        } else if let Some(count) = line.strip_prefix("left out: ") {
-            report.left_out = count.trim().parse().unwrap_or(0);
-        }
-        eprintln!("    {version} {line}");
-    }
-}
-
-impl Write for Watch {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for byte in bytes {
-            if *byte == b'\n' {
-                let line = std::mem::take(&mut self.line);
-                self.take_line(&String::from_utf8_lossy(&line));
-            } else {
-                self.line.push(*byte);
-            }
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_is_counted_and_timed_by_what_it_prints() {
-        let mut watch = Watch::new(Version::Stable);
-        let said = "containerd 1.7.24~ds1\nleft out: 12\n\nrunning 2 tests\n\
-                    test a::b      ... ok\ntest a::c ... FAI";
-        watch.write_all(said.as_bytes()).unwrap();
-        watch
-            .write_all(b"LED\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n")
-            .unwrap();
-        let report = watch.report;
-        let names: Vec<_> = report
-            .durations
-            .iter()
-            .map(|(name, _)| name.as_str())
-            .collect();
-        assert_eq!(names, ["a::b", "a::c"]);
-        assert_eq!((report.total.passed, report.total.failed), (1, 1));
-        assert_eq!(
-            Report::describe(&[report]),
-            "; containerd 1.7.24, 12 tests ran on one alone"
-        );
     }
 }

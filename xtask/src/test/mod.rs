@@ -4,6 +4,7 @@
 pub(crate) mod arm64;
 mod e2e;
 mod total;
+mod watch;
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};

@@ -47,6 +47,15 @@ impl Total {
             }));
     }
 
+    /// Counts a test whose program could not sum up any more.
+    pub(super) fn count(&mut self, outcome: &str) {
+        match outcome.split(' ').next() {
+            Some("ok") => self.passed += 1,
+            Some("ignored") => self.skipped += 1,
+            _ => self.failed += 1,
+        }
+    }
+
     /// Counts by one line of a test program's output.
     pub(super) fn take_line(&mut self, line: &str) {
         if let Some((passed, failed, skipped)) = counts(line) {
@@ -108,6 +117,12 @@ impl std::fmt::Display for Total {
 pub(super) fn test_and_outcome(line: &str) -> Option<(&str, &str)> {
     let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
     Some((name.trim(), outcome.trim()))
+}
+
+/// The name in `test NAME ... `, what is printed of a test that runs.
+pub(super) fn test_that_runs(line: &str) -> Option<&str> {
+    let (name, outcome) = test_and_outcome(line)?;
+    outcome.is_empty().then_some(name)
 }
 
 /// Passed, failed and ignored of `test result: ok. 3 passed; 0 failed; 1 ignored; …`.

@@ -92,6 +92,9 @@ struct Options {
     /// Leave out the tests that one containerd is enough for: a run on another has them
     #[arg(long)]
     only_containerd: bool,
+    /// Leave out this test, by its whole name; may be given again
+    #[arg(long, value_name = "NAME")]
+    without: Vec<String>,
     #[command(flatten)]
     tests: Arguments,
 }
@@ -158,6 +161,7 @@ fn run(options: Options) -> Result<ExitCode> {
         tests.retain(on_every_containerd);
         println!("left out: {}", all - tests.len());
     }
+    tests.retain(|test| !options.without.iter().any(|name| name == test.name()));
     let conclusion = libtest_mimic::run(&arguments, tests);
     if conclusion.has_failed()
         && let Some(containerd) = &world.host.containerd
