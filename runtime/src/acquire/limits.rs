@@ -92,12 +92,6 @@ impl HostCgroup {
         files.try_for_each(|file| std::fs::write(file, cpuset))
     }
 
-    /// The files that a process is put into the cgroup by, one in each hierarchy.
-    pub fn procs(&self) -> Vec<PathBuf> {
-        let directories = self.directories.iter();
-        directories.map(|dir| dir.join(PROCS)).collect()
-    }
-
     /// The cgroup's directories, one in each hierarchy.
     pub fn directories(&self) -> &[PathBuf] {
         &self.directories

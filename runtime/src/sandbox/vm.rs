@@ -131,7 +131,10 @@ impl Launcher for VmLauncher {
         let spawn = SpawnConfig {
             log_level: log_level(self.config.log.level),
             jail: self.config.jail.policy(),
-            cgroup_procs: cgroup.as_ref().map(HostCgroup::procs).unwrap_or_default(),
+            cgroups: cgroup
+                .as_ref()
+                .map(|cgroup| cgroup.directories().to_vec())
+                .unwrap_or_default(),
             ..SpawnConfig::new(name)
         };
         let plan = Arc::new(plan);

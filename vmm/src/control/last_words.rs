@@ -1,8 +1,10 @@
 //! What a process that died unexpectedly left on its standard error.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ChildStderr, ExitStatus};
+use std::process::ExitStatus;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -13,13 +15,13 @@ use crate::jail::{self, SECCOMP_EXIT_STATUS, SECCOMP_REPORT};
 const MOST: u64 = 1024;
 
 /// Reads what is there. The process has ended, but another may hold the pipe open.
-pub(super) fn read(stderr: ChildStderr) -> String {
+pub(super) fn read(stderr: OwnedFd) -> String {
     let mut said = Vec::new();
     let nonblocking =
         fcntl_getfl(&stderr).and_then(|flags| fcntl_setfl(&stderr, flags | OFlags::NONBLOCK));
     if nonblocking.is_ok() {
         // Up to an end or an error; what came before is what there is.
-        let _ = stderr.take(MOST).read_to_end(&mut said);
+        let _ = File::from(stderr).take(MOST).read_to_end(&mut said);
     }
     log::clean(String::from_utf8_lossy(&said).trim(), log::MAX_LINE)
 }

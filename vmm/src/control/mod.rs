@@ -11,6 +11,7 @@ mod frame;
 mod guest;
 mod last_words;
 mod log;
+mod membership;
 mod message;
 mod outbox;
 mod server;

@@ -17,9 +17,10 @@ pub struct SpawnConfig {
     pub exe: PathBuf,
     /// Shown in the process list.
     pub name: String,
-    /// The `cgroup.procs` files of the cgroups it is put into before it is asked for anything, one in
-    /// each hierarchy. Where that is refused there is a warning, and it stays in its parent's cgroup.
-    pub cgroup_procs: Vec<PathBuf>,
+    /// The directories of its cgroups, one in each hierarchy. With cgroup v2 it is born there; else
+    /// it is moved before it boots a VM, or while it restores one. Where that is refused there is a
+    /// warning, and it stays in its parent's cgroup.
+    pub cgroups: Vec<PathBuf>,
     /// The child logs this and what is more serious.
     pub log_level: LogLevel,
     /// How strictly the process is confined.
@@ -33,7 +34,7 @@ impl SpawnConfig {
         Self {
             exe: PathBuf::from("/proc/self/exe"),
             name: name.into(),
-            cgroup_procs: Vec::new(),
+            cgroups: Vec::new(),
             log_level: LogLevel::Warn,
             jail: Policy::default(),
         }

@@ -4,22 +4,24 @@
 //! when it breaks the rules it is killed, and the VM's end says why.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ChildStderr, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::birth::{self, Born};
 use super::client::ControlError;
 use super::frame::{self, FROM_CHILD, FROM_PARENT, FrameError};
 use super::log::{self, Budget};
+use super::membership::Joining;
 use super::message::{Answer, Body, ErrorMessage, Event, Exit, Request, ToParent, VERSION};
 use super::spec::SpawnConfig;
-use super::{birth, describe, last_words};
+use super::{describe, last_words};
 use crate::jail::{Missing, SECCOMP_EXIT_STATUS};
 
 /// From execution to greeting, and the most that one write to the child may take.
@@ -35,6 +37,8 @@ pub(super) struct Shared {
     /// Layers of its confinement that the host lacks.
     pub(super) missing: Vec<Missing>,
     process: Mutex<Process>,
+    /// Puts it into its cgroups.
+    joining: Mutex<Option<JoinHandle<()>>>,
     /// Held for one whole frame.
     writer: Mutex<UnixStream>,
     state: Mutex<State>,
@@ -43,7 +47,7 @@ pub(super) struct Shared {
 }
 
 enum Process {
-    Running(Child),
+    Running(Born),
     Reaped(ExitStatus),
 }
 
@@ -110,6 +114,14 @@ impl Shared {
         }
     }
 
+    /// Waits until the process is in its cgroups.
+    pub(super) fn joined(&self) {
+        if let Some(joining) = lock(&self.joining).take() {
+            // A panic was told by the panic hook.
+            let _ = joining.join();
+        }
+    }
+
     /// A [`call`](Self::call) whose answer says nothing more.
     pub(super) fn done(
         &self,
@@ -143,22 +155,11 @@ impl Shared {
         let mut process = lock(&self.process);
         let status = match &mut *process {
             Process::Reaped(status) => return *status,
-            Process::Running(child) => kill_and_wait(child),
+            Process::Running(child) => child.kill_and_wait(),
         };
         *process = Process::Reaped(status);
         status
     }
-}
-
-fn kill_and_wait(child: &mut Child) -> ExitStatus {
-    // Both refuse only what was reaped, and here alone that happens.
-    if let Err(error) = child.kill() {
-        tracing::error!(pid = child.id(), %error, "kill the VMM process");
-    }
-    child.wait().unwrap_or_else(|error| {
-        tracing::error!(pid = child.id(), %error, "reap the VMM process");
-        ExitStatus::from_raw(0)
-    })
 }
 
 fn exit_of(status: ExitStatus) -> Exit {
@@ -214,19 +215,22 @@ pub(super) fn supervise(
 }
 
 /// Starts the child and waits for its greeting.
-fn start(
-    config: &SpawnConfig,
-) -> Result<(Arc<Shared>, UnixStream, Option<ChildStderr>), ControlError> {
+fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedFd>), ControlError> {
     let (ours, theirs) = UnixStream::pair().map_err(ControlError::Socket)?;
     ours.set_write_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
+    let joining = Joining::begin(config).map_err(|source| ControlError::Thread {
+        name: config.name.clone(),
+        source,
+    })?;
     let mut child = birth::spawn(config, theirs)?;
-    put_into_cgroups(config, child.id());
+    let joining = joining.filter(|_| !child.accounted);
+    let joining = joining.map(|joining| joining.of(child.pid));
     let stderr = child.stderr.take();
     let missing = match admit(config, &ours) {
         Ok(missing) => missing,
         Err(error) => {
-            let status = kill_and_wait(&mut child);
+            let status = child.kill_and_wait();
             let said = stderr.map(last_words::read).unwrap_or_default();
             return Err(match last_words::forbidden(status, &said) {
                 Some(found) => ControlError::Greeting {
@@ -240,33 +244,20 @@ fn start(
     let writer = match ours.try_clone() {
         Ok(writer) => writer,
         Err(error) => {
-            kill_and_wait(&mut child);
+            child.kill_and_wait();
             return Err(ControlError::Socket(error));
         }
     };
     let shared = Shared {
-        pid: child.id(),
+        pid: child.pid,
         missing,
         process: Mutex::new(Process::Running(child)),
+        joining: Mutex::new(joining),
         writer: Mutex::new(writer),
         state: Mutex::default(),
         ended: Condvar::new(),
     };
     Ok((Arc::new(shared), ours, stderr))
-}
-
-/// Done while the child confines itself. The kernel moves a process after a grace period (RCU) of
-/// some 10 ms, and KVM makes a VM after another, unless one has just been waited for: begun here,
-/// they are one.
-fn put_into_cgroups(config: &SpawnConfig, pid: u32) {
-    for path in &config.cgroup_procs {
-        if let Err(error) = fs::write(path, pid.to_string()) {
-            tracing::warn!(
-                vm = config.name, cgroup = %path.display(), pid, %error,
-                "cannot put the VMM process into its cgroup"
-            );
-        }
-    }
 }
 
 /// What a child must pass before it counts as started. Answers what it lacks.

@@ -1,7 +1,8 @@
-//! Leaf files where operating systems differ: event loop, notification, threads.
+//! Leaf files where operating systems differ: event loop, notification, threads, children.
 
 #![allow(unsafe_code)]
 
+pub(crate) mod birth;
 pub mod doorbell;
 pub mod random;
 pub mod reactor;

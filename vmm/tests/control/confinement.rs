@@ -5,12 +5,15 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use libtest_mimic::{Completion, Failed, Trial};
 
+use supermachine_vmm::control::{SpawnConfig, VmHandle};
 use supermachine_vmm::jail::{Layer, Missing, Policy};
 
+use crate::bare_metal::no_kernel;
 use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, test};
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -25,6 +28,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("confinement::no_inherited_files", no_inherited_files),
         test("confinement::no_environment", no_environment),
         test("confinement::named_in_the_process_list", named),
+        Trial::ignorable_test("confinement::born_in_its_cgroup", born_in_its_cgroup),
         test("confinement::joins_its_cgroups", joins_its_cgroups),
     ]
 }
@@ -236,12 +240,40 @@ fn named() -> Outcome {
     check(cmdline.starts_with(expected), cmdline)
 }
 
-/// Files stand in for `cgroup.procs`, as not every host lets tests make cgroups; one can't be
-/// written.
+fn born_in_its_cgroup() -> Result<Completion, Failed> {
+    let name = format!("supermachine-tests-{}", std::process::id());
+    let cgroup = Path::new("/sys/fs/cgroup").join(&name);
+    if !Path::new("/sys/fs/cgroup/cgroup.procs").exists() || fs::create_dir(&cgroup).is_err() {
+        return Ok(Completion::ignored_with(
+            "no cgroup v2 that it may make one in",
+        ));
+    }
+    let mut config = SpawnConfig::new("cgroup");
+    config.cgroups = vec![cgroup.clone()];
+    let vm = VmHandle::spawn(config, Box::new(|_| {}))?;
+    // Nothing was waited for.
+    let found = fs::read_to_string(format!("/proc/{}/cgroup", vm.pid()))?;
+    drop(vm);
+    fs::remove_dir(&cgroup)?;
+    check_eq(found, format!("0::/{name}\n"))?;
+    Ok(Completion::Completed)
+}
+
+/// Files stand in for cgroups, as not every host lets tests make some; one can't be written.
 fn joins_its_cgroups() -> Outcome {
-    let procs = tempfile::NamedTempFile::new()?;
-    let mut config = supermachine_vmm::control::SpawnConfig::new("cgroup");
-    config.cgroup_procs = vec!["/proc/self/status".into(), procs.path().to_owned()];
-    let vm = supermachine_vmm::control::VmHandle::spawn(config, Box::new(|_| {}))?;
-    check_eq(fs::read_to_string(procs.path())?, vm.pid().to_string())
+    for others in [vec![], vec!["/proc/self/status".into()]] {
+        let cgroup = tempfile::tempdir()?;
+        let mut config = SpawnConfig::new("cgroup");
+        config.cgroups = others;
+        config.cgroups.push(cgroup.path().to_owned());
+        let vm = VmHandle::spawn(config, Box::new(|_| {}))?;
+        // It is there before it is asked to boot, which this kernel makes impossible.
+        check(
+            vm.boot(&no_kernel()?, DEADLINE).is_err(),
+            "it boots nothing",
+        )?;
+        let procs = fs::read_to_string(cgroup.path().join("cgroup.procs"))?;
+        check_eq(procs, vm.pid().to_string())?;
+    }
+    Ok(())
 }

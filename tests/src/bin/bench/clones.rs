@@ -9,9 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use supermachine_vmm::control::{
-    DiskSpec, PortSpec, RestoreSpec, SpawnConfig, VmHandle, VsockSpec,
-};
+use supermachine_vmm::control::{DiskSpec, PortSpec, RestoreSpec, VmHandle, VsockSpec};
 use ttrpc::proto::Request;
 
 use crate::boots::{PROFILED, exec, exec_of};
@@ -108,10 +106,7 @@ pub(crate) fn clone(
     }];
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     let run = || {
-        let config = SpawnConfig {
-            exe: exe.to_path_buf(),
-            ..SpawnConfig::new("bench")
-        };
+        let config = files.spawn_config(exe);
         let vm = VmHandle::spawn(config, Box::new(|_| ())).context("cannot start our VMM")?;
         vm.restore(&spec, DEADLINE)
             .context("our VMM does not restore")?;

@@ -28,6 +28,8 @@ const DISK: u64 = 16 << 20;
 const DATA: u64 = 256 << 20;
 /// What the guest that does disk I/O is told beside [`COMMAND_LINE`].
 const DISK_IO: &str = "GUEST=disk GUEST_MILLISECONDS=";
+/// Where cgroup v2 is, if that is the host's only one.
+const CGROUPS: &str = "/sys/fs/cgroup";
 /// The longest a guest may take on an emulated machine.
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -41,6 +43,17 @@ pub(crate) struct Files {
     /// How long each case of disk I/O takes.
     case: Duration,
     dir: PathBuf,
+    /// Where our VMM's process is born, if the host has cgroup v2 alone and lets us make one.
+    cgroup: Option<PathBuf>,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Some(cgroup) = &self.cgroup {
+            // Refused while a machine is in it, which there is none any more.
+            let _ = std::fs::remove_dir(cgroup);
+        }
+    }
 }
 
 impl Files {
@@ -50,12 +63,19 @@ impl Files {
         case: Duration,
         dir: &Path,
     ) -> Result<Self> {
-        let files = Self {
+        let mut files = Self {
             kernel,
             agent,
             case,
             dir: dir.to_path_buf(),
+            cgroup: None,
         };
+        let cgroup = format!("supermachine-bench-{}", std::process::id());
+        let cgroup = Path::new(CGROUPS).join(cgroup);
+        if Path::new(CGROUPS).join("cgroup.procs").exists() && std::fs::create_dir(&cgroup).is_ok()
+        {
+            files.cgroup = Some(cgroup);
+        }
         for init in [Init::Reset, Init::Idle] {
             std::fs::write(files.initramfs(init), guest::initramfs(init))
                 .context("cannot write an initramfs")?;
@@ -88,6 +108,15 @@ impl Files {
     /// What the guest that does disk I/O has said.
     pub(crate) fn serial(&self) -> Result<String> {
         std::fs::read_to_string(self.dir.join("serial")).context("no serial output was kept")
+    }
+
+    /// How our VMM's process is started: as the runtime does it.
+    pub(crate) fn spawn_config(&self, exe: &Path) -> SpawnConfig {
+        SpawnConfig {
+            exe: exe.to_path_buf(),
+            cgroups: self.cgroup.iter().cloned().collect(),
+            ..SpawnConfig::new("bench")
+        }
     }
 
     /// Where the agent would be reached.
@@ -142,7 +171,7 @@ impl Vmm {
     /// Boots the bare guest.
     pub(crate) fn boot(&self, files: &Files, init: Init) -> Result<Running> {
         match self {
-            Self::Ours(exe) => boot_ours(exe, &bare(files, init)?),
+            Self::Ours(exe) => boot_ours(exe, files, &bare(files, init)?),
             Self::Qemu(exe, acpi) => boot_qemu(exe, *acpi, &QemuGuest::bare(files, init)),
         }
     }
@@ -163,7 +192,7 @@ impl Vmm {
                 if let Some(disk) = spec.disks.first_mut() {
                     disk.files = vec![data.context("cannot open the disk")?];
                 }
-                boot_ours(exe, &spec)
+                boot_ours(exe, files, &spec)
             }
             Self::Qemu(exe, acpi) => boot_qemu(
                 exe,
@@ -232,7 +261,7 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     spec.balloon = Some(BalloonConfig::default());
     spec.rng = true;
-    let running = boot_ours(exe, &spec)?;
+    let running = boot_ours(exe, files, &spec)?;
     if let Running::Ours(vm, _) = &running {
         vm.attach_port(0, None, Some(null()?))
             .context("the guest has no console")?;
@@ -240,12 +269,9 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     Ok(running)
 }
 
-fn boot_ours(exe: &Path, spec: &BootSpec) -> Result<Running> {
+fn boot_ours(exe: &Path, files: &Files, spec: &BootSpec) -> Result<Running> {
     let (sender, events) = mpsc::channel();
-    let config = SpawnConfig {
-        exe: exe.to_path_buf(),
-        ..SpawnConfig::new("bench")
-    };
+    let config = files.spawn_config(exe);
     let on_event = move |event| {
         // Refused only once nobody waits any more.
         let _ = sender.send((trace::now().unwrap_or(0), event));

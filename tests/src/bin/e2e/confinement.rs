@@ -35,6 +35,7 @@ fn of_a_machine(world: &World) -> Result<()> {
         .and_then(|()| process.namespaces())
         .and_then(|()| process.root())
         .and_then(|()| process.limits())
+        .and_then(|()| process.cgroup(container.id()))
         .and_then(|()| process.files())
         .and_then(|()| process.network(world))
         .and_then(|()| process.parent());
@@ -107,6 +108,13 @@ impl Process {
         ensure!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
         let environment = fs::read(self.directory.join("environ"))?;
         ensure!(environment.iter().all(|byte| *byte == 0), "an environment");
+        Ok(())
+    }
+
+    /// ctr names a cgroup like the container.
+    fn cgroup(&self, id: &str) -> Result<()> {
+        let found = fs::read_to_string(self.directory.join("cgroup"))?;
+        ensure!(found.contains(id), "{found} is not the cgroup of {id}");
         Ok(())
     }
 
