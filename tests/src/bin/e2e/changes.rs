@@ -24,10 +24,10 @@ use crate::support::{World, equal};
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![
         world.vm_test("changes::as_runc_leaves_them", as_runc_leaves_them),
-        world.vm_test("changes::attributes", attributes),
+        world.debian_vm_test("changes::attributes", attributes),
         world.vm_test("changes::several_starts", several_starts),
         world.vm_test("changes::in_a_plain_directory", in_a_plain_directory),
-        world.vm_test("changes::nothing", nothing),
+        world.debian_vm_test("changes::nothing", nothing),
         world.vm_test("changes::too_many", too_many),
     ]
 }

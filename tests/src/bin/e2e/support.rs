@@ -137,23 +137,41 @@ impl World {
 
     /// A test of what only a VM has.
     pub(crate) fn vm_test(&self, name: &str, run: fn(&Self) -> Result<()>) -> Trial {
-        let world = self.clone();
-        Trial::ignorable_test(name, move || {
-            if !world.host.is_vm() {
-                return Ok(Completion::ignored_with("only in a VM"));
-            }
-            run(&world).map(|()| Completion::Completed).map_err(failed)
-        })
+        self.conditional(name, run, |world| world.no_vm())
     }
 
     /// One with a container of the Debian image.
     pub(crate) fn debian_test(&self, name: &str, run: fn(&Self) -> Result<()>) -> Trial {
+        self.conditional(name, run, |world| world.no_debian())
+    }
+
+    /// One of both.
+    pub(crate) fn debian_vm_test(&self, name: &str, run: fn(&Self) -> Result<()>) -> Trial {
+        self.conditional(name, run, |world| {
+            world.no_vm().or_else(|| world.no_debian())
+        })
+    }
+
+    fn no_vm(&self) -> Option<&'static str> {
+        (!self.host.is_vm()).then_some("only in a VM")
+    }
+
+    fn no_debian(&self) -> Option<&'static str> {
+        let archive = self.images.join(DEBIAN_ARCHIVE);
+        (!archive.exists()).then_some("there is no image of Debian")
+    }
+
+    /// A test that is skipped where there is a reason to.
+    fn conditional(
+        &self,
+        name: &str,
+        run: fn(&Self) -> Result<()>,
+        reason: fn(&Self) -> Option<&'static str>,
+    ) -> Trial {
         let world = self.clone();
-        Trial::ignorable_test(name, move || {
-            if !world.images.join(DEBIAN_ARCHIVE).exists() {
-                return Ok(Completion::ignored_with("there is no image of Debian"));
-            }
-            run(&world).map(|()| Completion::Completed).map_err(failed)
+        Trial::ignorable_test(name, move || match reason(&world) {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => run(&world).map(|()| Completion::Completed).map_err(failed),
         })
     }
 }
