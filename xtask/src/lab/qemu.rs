@@ -67,9 +67,16 @@ impl Fault {
     }
 }
 
+/// What a lab is run with.
+pub(super) struct Program {
+    pub(super) path: PathBuf,
+    /// Whether it had faults, and has them no more.
+    pub(super) mended: bool,
+}
+
 /// The program to run a lab in `dir` with: a copy without the faults if it has them where we
 /// know them, else as it is installed.
-pub(super) fn program(model: &Model, dir: &Path) -> Result<PathBuf> {
+pub(super) fn program(model: &Model, dir: &Path) -> Result<Program> {
     ensure(model)?;
     let installed = std::env::var_os("PATH")
         .and_then(|path| {
@@ -79,13 +86,19 @@ pub(super) fn program(model: &Model, dir: &Path) -> Result<PathBuf> {
         .with_context(|| format!("{} is not on PATH", model.qemu))?;
     let code = fs::read(&installed).with_context(|| format!("cannot read {}", model.qemu))?;
     let Some(code) = mended(code) else {
-        return Ok(installed);
+        return Ok(Program {
+            path: installed,
+            mended: false,
+        });
     };
     let copy = dir.join(model.qemu);
     fs::write(&copy, code)
         .and_then(|()| fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)))
         .context("cannot make a copy of QEMU")?;
-    Ok(copy)
+    Ok(Program {
+        path: copy,
+        mended: true,
+    })
 }
 
 /// The program without the faults, if it has all of them.
