@@ -8,6 +8,7 @@ use anyhow::Result;
 use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
+use crate::lab::Pace;
 use crate::programs::{self, Launch};
 use crate::step::step;
 use crate::{build, kernel, paths};
@@ -55,7 +56,11 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
                 timeout: Some(LIMIT),
                 silence: None,
                 out: Some(paths::products(Arch::HOST).join("bench")),
-                icount,
+                pace: if icount {
+                    Pace::Counted
+                } else {
+                    Pace::Parallel
+                },
             };
             programs::launch(place, launch, &mut io::stdout())
         })

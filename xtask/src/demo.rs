@@ -54,7 +54,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         timeout: Some(LIMIT),
         silence: None,
         out: None,
-        icount: false,
+        pace: lab::Pace::Steady,
     };
     step("containers in microVMs", || {
         programs::launch(&place, launch, &mut io::stdout())

@@ -38,7 +38,7 @@ pub(crate) struct Launch<'a> {
     pub(crate) silence: Option<Duration>,
     /// Where what it leaves in `$SUPERMACHINE_OUT` goes.
     pub(crate) out: Option<PathBuf>,
-    pub(crate) icount: bool,
+    pub(crate) pace: lab::Pace,
 }
 
 /// Where the built programs are.
@@ -114,7 +114,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             timeout: launch.timeout,
             silence: launch.silence,
             containerd: launch.containerd,
-            icount: launch.icount,
+            pace: launch.pace,
             ..Run::default()
         },
         stdout,

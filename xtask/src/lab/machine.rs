@@ -21,6 +21,18 @@ const CONSOLE_LINES: usize = 80;
 /// The exchange disk: what a run brings along. Sparse.
 const EXCHANGE_SIZE: u64 = 12 << 30;
 
+/// How the processors of a lab run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// Two, on one thread where threads of their own are known to break the lab.
+    #[default]
+    Steady,
+    /// Two with a thread each: for figures in wall time.
+    Parallel,
+    /// One whose clock counts instructions: figures that repeat.
+    Counted,
+}
+
 /// How a lab is to be.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
@@ -29,8 +41,7 @@ pub(super) struct Shape {
     pub(super) memory: String,
     /// The containerd that its init starts.
     pub(super) containerd: Version,
-    /// One processor whose clock counts instructions: figures that repeat.
-    pub(super) icount: bool,
+    pub(super) pace: Pace,
 }
 
 /// A running lab, known by its folder.
@@ -176,16 +187,18 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape, mended: bool) -> Vec<Stri
     let path = |name: &str| dir.join(name).display().to_string();
     let mut args: Vec<String> = Vec::new();
     let mut add = |items: &[&str]| args.extend(items.iter().map(|item| (*item).to_owned()));
-    if shape.icount {
-        add(&["-accel", "tcg,thread=single,tb-size=1024", "-smp", "1"]);
+    // With a thread for each processor a lab of x86_64 breaks now and then; on a common one they are
+    // kicked to take turns, which breaks guests of one that isn't mended (docs/limitations.md,
+    // "Host").
+    let (threads, processors) = match shape.pace {
+        Pace::Steady if mended => ("single", "2"),
+        Pace::Steady | Pace::Parallel => ("multi", "2"),
+        Pace::Counted => ("single", "1"),
+    };
+    add(&["-accel", &format!("tcg,thread={threads},tb-size=1024")]);
+    add(&["-smp", processors]);
+    if shape.pace == Pace::Counted {
         add(&["-icount", "shift=0,sleep=off"]);
-    } else {
-        // With a thread for each processor a lab of x86_64 breaks now and then; on a common one they
-        // are kicked to take turns, which breaks guests of one that isn't mended
-        // (docs/limitations.md, "Host").
-        let threads = if mended { "single" } else { "multi" };
-        add(&["-accel", &format!("tcg,thread={threads},tb-size=1024")]);
-        add(&["-smp", "2"]);
     }
     let model = Model::of(shape.arch);
     add(&model.machine);

@@ -21,6 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use self::channel::Request;
+pub(crate) use self::machine::Pace;
 use self::machine::{Lab, Shape};
 use self::model::Model;
 pub(crate) use self::session::Broken;
@@ -136,7 +137,7 @@ pub(crate) struct Run {
     pub(crate) silence: Option<Duration>,
     pub(crate) memory: Option<String>,
     pub(crate) containerd: Version,
-    pub(crate) icount: bool,
+    pub(crate) pace: Pace,
     pub(crate) fresh: bool,
 }
 
@@ -155,7 +156,11 @@ pub(crate) fn run(args: Args) -> Result<u8> {
                 silence: args.silence.map(Duration::from_secs),
                 memory: args.memory,
                 containerd: args.containerd,
-                icount: args.icount,
+                pace: if args.icount {
+                    Pace::Counted
+                } else {
+                    Pace::Steady
+                },
                 fresh: args.fresh,
             };
             execute(run, install.as_deref(), None, &mut std::io::stdout())
@@ -165,7 +170,7 @@ pub(crate) fn run(args: Args) -> Result<u8> {
             arch,
             memory,
             containerd,
-            icount: false,
+            pace: Pace::Steady,
         })
         .map(|()| 0),
         Action::Down => down(arch).map(|()| 0),
@@ -228,9 +233,9 @@ fn execute(
         arch: run.arch,
         memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
         containerd: run.containerd,
-        icount: run.icount,
+        pace: run.pace,
     };
-    let reuse = !run.icount && !run.fresh && run.memory.is_none();
+    let reuse = run.pace == Pace::Steady && !run.fresh && run.memory.is_none();
     let staying = if reuse { running(run.arch)? } else { None };
     let staying = staying.filter(|lab| lab.containerd == run.containerd);
     let status = match staying {

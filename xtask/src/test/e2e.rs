@@ -139,7 +139,7 @@ fn on_one(
             timeout: Some(LIMIT + RUN * runs.unwrap_or(0)),
             silence: Some(SILENCE + RUN * runs.unwrap_or(0)),
             out: Some(out.clone()),
-            icount: false,
+            pace: lab::Pace::Steady,
         };
         match programs::launch(place, launch, &mut watch) {
             Ok(status) => return Ok(watch.ended(status)),
