@@ -9,8 +9,7 @@ use std::thread::JoinHandle;
 use super::spec::SpawnConfig;
 use crate::sys::threads;
 
-/// No process has this pid; one above it is not a pid at all (`PID_MAX_LIMIT` of linux/threads.h is
-/// far below).
+/// No process has this pid: `PID_MAX_LIMIT` of linux/threads.h is far below.
 const NOBODY: i32 = i32::MAX;
 
 /// The file of a cgroup's directory that moves processes there.
