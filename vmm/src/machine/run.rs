@@ -369,9 +369,10 @@ impl Running {
     pub(super) fn pause(&self, limit: Duration) -> Result<(), PauseError> {
         let deadline = Instant::now() + limit;
         let mut state = self.shared.lock();
-        state.paused = true;
         self.shared.kick();
         loop {
+            // Each time: another's pause may have ended meanwhile, this one has not begun.
+            state.paused = true;
             if state.exit.is_some() {
                 return Err(PauseError::Ended);
             }
@@ -398,6 +399,12 @@ impl Running {
                 self.shared.kick();
             }
         }
+    }
+
+    /// Whether a pause has begun and not ended.
+    #[cfg(test)]
+    pub(super) fn pauses(&self) -> bool {
+        self.shared.lock().paused
     }
 
     /// Lets vCPUs go on, once nobody saves them any more.

@@ -315,6 +315,24 @@ fn a_pause_holds_every_vcpu_until_it_is_over() {
 }
 
 #[test]
+fn a_pause_outlasts_the_end_of_another() {
+    let barrier = Arc::new(Barrier::new(2));
+    let stuck = vec![Step::Meet(Arc::clone(&barrier)), Step::Forever];
+    let (_, running) = fake(vec![stuck], |_| ());
+    thread::scope(|scope| {
+        let pausing = scope.spawn(|| running.pause(LIMIT));
+        while !running.pauses() {
+            thread::yield_now();
+        }
+        running.resume();
+        barrier.wait();
+        pausing.join().unwrap().unwrap();
+    });
+    assert!(running.pauses());
+    running.stop();
+}
+
+#[test]
 fn a_pause_that_fails_leaves_the_vm_running() {
     let barrier = Arc::new(Barrier::new(2));
     let stuck = vec![
