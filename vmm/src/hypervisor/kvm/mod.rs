@@ -122,6 +122,19 @@ fn check_capabilities(offers: impl Fn(Cap) -> bool) -> Result<(), HypervisorErro
     }
 }
 
+/// Makes a call again that a signal has ended: KVM gives up a VM that it makes for one that is about
+/// something else (`mm_take_all_locks` of the kernel's mm/mmap.c).
+fn uninterrupted<T>(
+    mut make: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    loop {
+        match make() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+}
+
 /// Names the call that failed.
 fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
     move |error| HypervisorError::Call {
