@@ -17,6 +17,11 @@ use super::Program;
 /// Of linux/sched.h; the C library's header has a number that does not fit it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// What a child says before it executes its program. Some kernels, Debian's 6.1 among them, kill it
+/// at its birth where the caller's cgroup has been killed before (`cgroup.kill`): they compare the
+/// killings of that one with those of the child's.
+const HERE: u8 = 1;
+
 /// The first descriptor that is not of the standard three.
 const PAST_STANDARD: RawFd = 3;
 
@@ -58,17 +63,19 @@ pub(crate) fn into_cgroup(cgroup: &File, program: &Program<'_>) -> io::Result<u3
     }
     let child = u32::try_from(pid).map_err(|_| io::Error::last_os_error())?;
     drop(failed);
-    let mut errno = [0; size_of::<i32>()];
-    match failure.read_exact(&mut errno) {
+    let mut told = Vec::new();
+    let errno = match failure.read_to_end(&mut told).map(|_| told.as_slice()) {
         // The other side is closed as the program is executed.
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(child),
-        told => {
-            // It is about to end by itself.
-            let _ = waitpid(Pid::from_raw(child.cast_signed()), WaitOptions::empty());
-            told?;
-            Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
-        }
-    }
+        Ok([HERE]) => return Ok(child),
+        Ok([HERE, errno @ ..]) => <[u8; 4]>::try_from(errno).ok(),
+        _ => None,
+    };
+    // It has ended, or is about to.
+    let _ = waitpid(Pid::from_raw(child.cast_signed()), WaitOptions::empty());
+    Err(match errno {
+        Some(errno) => io::Error::from_raw_os_error(i32::from_ne_bytes(errno)),
+        None => io::Error::other("the child ended before it executed anything"),
+    })
 }
 
 /// What the child does: executes the program, or says why not and ends.
@@ -90,6 +97,7 @@ unsafe fn become_program(
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut());
+        libc::write(failed.as_raw_fd(), [HERE].as_ptr().cast(), 1);
         let placed = (0..)
             .zip(standard)
             .all(|(place, file)| libc::dup2(file.as_raw_fd(), place) != -1);
