@@ -122,15 +122,13 @@ fn check_capabilities(offers: impl Fn(Cap) -> bool) -> Result<(), HypervisorErro
     }
 }
 
-/// Makes a call again that a signal has ended: KVM gives up a VM that it makes for one that is about
+/// Asks for a VM, again where a signal ended that: KVM gives up what it makes for one that is about
 /// something else (`mm_take_all_locks` of the kernel's mm/mmap.c).
-fn uninterrupted<T>(
-    mut make: impl FnMut() -> Result<T, kvm_ioctls::Error>,
-) -> Result<T, kvm_ioctls::Error> {
+fn new_vm(kvm: &kvm_ioctls::Kvm) -> Result<VmFd, HypervisorError> {
     loop {
-        match make() {
+        match kvm.create_vm() {
             Err(error) if error.errno() == libc::EINTR => {}
-            made => return made,
+            made => return made.map_err(call("KVM_CREATE_VM")),
         }
     }
 }

@@ -18,7 +18,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use super::{Fault, HypervisorError, call, uninterrupted};
+use super::{Fault, HypervisorError, call, new_vm};
 use crate::arch::CpuCaps;
 use crate::arch::aarch64::{Gic, VcpuSetup, layout};
 
@@ -89,7 +89,7 @@ pub(super) fn create_vm(kvm: &Kvm, extent: &Extent) -> Result<(VmFd, Platform), 
 }
 
 fn make_vm(kvm: &Kvm) -> Result<(VmFd, Platform), HypervisorError> {
-    let fd = uninterrupted(|| kvm.create_vm()).map_err(call("KVM_CREATE_VM"))?;
+    let fd = new_vm(kvm)?;
     // Without it KVM_RUN answers ENOSYS to an access that it can't take apart, and no address.
     if fd.check_extension_raw(KVM_CAP_ARM_NISV_TO_USER.into()) > 0 {
         fd.enable_cap(&kvm_enable_cap {

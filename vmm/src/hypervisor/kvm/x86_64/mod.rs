@@ -14,7 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use super::{Fault, HypervisorError, call, uninterrupted};
+use super::{Fault, HypervisorError, call, new_vm};
 use crate::arch::x86_64::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT, Leaf, layout};
 use crate::arch::{CpuCaps, VcpuSetup};
 
@@ -76,7 +76,7 @@ pub(super) fn cpu_caps(kvm: &Kvm, _: &Extent) -> Result<CpuCaps, HypervisorError
 }
 
 pub(super) fn create_vm(kvm: &Kvm, _: &Extent) -> Result<(VmFd, Platform), HypervisorError> {
-    let fd = uninterrupted(|| kvm.create_vm()).map_err(call("KVM_CREATE_VM"))?;
+    let fd = new_vm(kvm)?;
     create_platform(&fd)?;
     Ok((fd, Platform))
 }
