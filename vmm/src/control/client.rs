@@ -137,8 +137,6 @@ impl VmHandle {
     pub fn boot(&self, spec: &BootSpec, timeout: Duration) -> Result<(), ControlError> {
         self.shared.state().max_ports = spec.console.as_ref().map_or(0, |c| c.max_ports);
         let (boot, files) = spec.to_message();
-        // Its memory is to be the cgroup's.
-        self.shared.joined();
         self.shared
             .done("boot", Body::Boot(Box::new(boot)), &files, timeout)
     }
@@ -149,10 +147,7 @@ impl VmHandle {
         self.shared.state().max_ports = spec.max_ports;
         let (restore, files) = spec.to_message();
         self.shared
-            .done("restore", Body::Restore(Box::new(restore)), &files, timeout)?;
-        // Memory comes with its first use: there is next to none yet, and no VM before this.
-        self.shared.joined();
-        Ok(())
+            .done("restore", Body::Restore(Box::new(restore)), &files, timeout)
     }
 
     /// Writes a paused VM to `dir`, in place of an older snapshot there; answers where that is. With

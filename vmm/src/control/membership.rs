@@ -39,8 +39,8 @@ impl Joining {
         Ok(Some(Self { pid, thread }))
     }
 
-    /// Has the process moved.
-    pub(super) fn of(self, pid: u32) -> JoinHandle<()> {
+    /// Has the process moved; the thread ends when it is.
+    pub(super) fn put(self, pid: u32) -> JoinHandle<()> {
         // It has ended if it panicked, which the panic hook told.
         let _ = self.pid.send(pid);
         self.thread

@@ -18,8 +18,8 @@ pub struct SpawnConfig {
     /// Shown in the process list.
     pub name: String,
     /// The directories of its cgroups, one in each hierarchy. With cgroup v2 it is born there; else
-    /// it is moved before it boots a VM, or while it restores one. Where that is refused there is a
-    /// warning, and it stays in its parent's cgroup.
+    /// it is moved before it is asked for anything. Where that is refused there is a warning, and it
+    /// stays in its parent's cgroup.
     pub cgroups: Vec<PathBuf>,
     /// The child logs this and what is more serious.
     pub log_level: LogLevel,

@@ -11,7 +11,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::birth::{self, Born};
@@ -37,8 +36,6 @@ pub(super) struct Shared {
     /// Layers of its confinement that the host lacks.
     pub(super) missing: Vec<Missing>,
     process: Mutex<Process>,
-    /// Puts it into its cgroups.
-    joining: Mutex<Option<JoinHandle<()>>>,
     /// Held for one whole frame.
     writer: Mutex<UnixStream>,
     state: Mutex<State>,
@@ -111,14 +108,6 @@ impl Shared {
                 })
             }
             Err(RecvTimeoutError::Disconnected) => Err(ControlError::Ended(self.end())),
-        }
-    }
-
-    /// Waits until the process is in its cgroups.
-    pub(super) fn joined(&self) {
-        if let Some(joining) = lock(&self.joining).take() {
-            // A panic was told by the panic hook.
-            let _ = joining.join();
         }
     }
 
@@ -224,8 +213,9 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedF
         source,
     })?;
     let mut child = birth::spawn(config, theirs)?;
-    let joining = joining.filter(|_| !child.accounted);
-    let joining = joining.map(|joining| joining.of(child.pid));
+    let moving = joining
+        .filter(|_| !child.accounted)
+        .map(|joining| joining.put(child.pid));
     let stderr = child.stderr.take();
     let missing = match admit(config, &ours) {
         Ok(missing) => missing,
@@ -241,6 +231,11 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedF
             });
         }
     };
+    // While the child confined itself. What it is asked for from now on is to be its cgroups'.
+    if let Some(moving) = moving {
+        // A panic was told by the panic hook.
+        let _ = moving.join();
+    }
     let writer = match ours.try_clone() {
         Ok(writer) => writer,
         Err(error) => {
@@ -252,7 +247,6 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedF
         pid: child.pid,
         missing,
         process: Mutex::new(Process::Running(child)),
-        joining: Mutex::new(joining),
         writer: Mutex::new(writer),
         state: Mutex::default(),
         ended: Condvar::new(),
