@@ -9,10 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::program::wait;
+
+/// How long a program that was told of a size has before it is told again.
+const TOLD_AGAIN: Duration = Duration::from_secs(1);
 
 /// A running program whose standard streams are a terminal.
 #[derive(Debug)]
@@ -69,12 +73,20 @@ impl Terminal {
         })
     }
 
-    /// Changes the window's size.
+    /// Changes the window's size, and tells the program of it until `text` is shown: ctr listens
+    /// only after it has passed the first size on, and nothing tells when that is.
     ///
     /// # Errors
-    /// The terminal is gone.
-    pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
-        Ok(tcsetwinsize(&self.ours, size(columns, rows))?)
+    /// As those of [`Self::expect`].
+    pub fn resize_until(&mut self, columns: u16, rows: u16, text: &str) -> Result<String> {
+        tcsetwinsize(&self.ours, size(columns, rows))?;
+        while Instant::now() < self.until {
+            if let Some(shown) = self.expect_for(text, TOLD_AGAIN)? {
+                return Ok(shown);
+            }
+            kill_process(Pid::from_child(&self.child), Signal::WINCH)?;
+        }
+        self.expect(text)
     }
 
     /// Types.
@@ -91,28 +103,35 @@ impl Terminal {
     /// # Errors
     /// The program ended, or the deadline passed, before.
     pub fn expect(&mut self, text: &str) -> Result<String> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        let shown = self.expect_for(text, left)?;
+        shown.with_context(|| {
+            let all = &self.shown;
+            format!("{text:?} in the terminal: deadline passed; shown: {all:?}")
+        })
+    }
+
+    /// As [`Self::expect`], or nothing once so much time has passed.
+    fn expect_for(&mut self, text: &str, limit: Duration) -> Result<Option<String>> {
+        let until = Instant::now() + limit;
         loop {
             if let Some(at) = self.shown.find(text) {
                 let rest = self.shown.split_off(at + text.len());
-                return Ok(std::mem::replace(&mut self.shown, rest));
+                return Ok(Some(std::mem::replace(&mut self.shown, rest)));
             }
-            self.read()
-                .with_context(|| format!("{text:?} in the terminal"))?;
-        }
-    }
-
-    fn read(&mut self) -> Result<()> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        match self.chunks.recv_timeout(left) {
-            // Two line disciplines each add one.
-            Ok(chunk) => {
-                let text = String::from_utf8_lossy(&chunk);
-                self.shown.extend(text.chars().filter(|c| *c != '\r'));
+            let left = until.saturating_duration_since(Instant::now());
+            match self.chunks.recv_timeout(left) {
+                // Two line disciplines each add one.
+                Ok(chunk) => {
+                    let chunk = String::from_utf8_lossy(&chunk);
+                    self.shown.extend(chunk.chars().filter(|c| *c != '\r'));
+                }
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("{text:?} in the terminal: ended; shown: {:?}", self.shown)
+                }
             }
-            Err(RecvTimeoutError::Disconnected) => bail!("ended; shown: {:?}", self.shown),
-            Err(RecvTimeoutError::Timeout) => bail!("deadline passed; shown: {:?}", self.shown),
         }
-        Ok(())
     }
 
     /// Waits for the program's end.

@@ -27,8 +27,7 @@ fn size_and_resize(world: &World) -> Result<()> {
     let (mut terminal, _guard) = container.start_in_terminal(100, 40, &["sh", "-c", &script])?;
     terminal.expect("tty\n")?;
     terminal.expect("first\n")?;
-    terminal.resize(132, 50)?;
-    terminal.expect("second\n")?;
+    terminal.resize_until(132, 50, "second\n")?;
     equal(terminal.finish()?.code(), Some(5))
 }
 
