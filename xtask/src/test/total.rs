@@ -12,6 +12,10 @@ pub(super) struct Total {
     pub(super) failed: u32,
     pub(super) skipped: u32,
     failures: Vec<Failure>,
+    /// What failed and is to run once more.
+    tried_again: Vec<Failure>,
+    /// What failed and passed when it ran once more.
+    unsteady: Vec<Failure>,
     /// The test whose words the next lines are.
     speaker: Option<String>,
 }
@@ -37,14 +41,28 @@ impl Total {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
-        self.failures
-            .extend(other.failures.into_iter().map(|failure| Failure {
-                name: match place {
-                    Some(place) => format!("{} ({place})", failure.name),
-                    None => failure.name,
-                },
-                said: failure.said,
-            }));
+        let there = |failure: Failure| Failure {
+            name: match place {
+                Some(place) => format!("{} ({place})", failure.name),
+                None => failure.name,
+            },
+            said: failure.said,
+        };
+        self.failures.extend(other.failures.into_iter().map(there));
+        self.unsteady.extend(other.unsteady.into_iter().map(there));
+    }
+
+    /// Forgets what failed, once, if it is not more than this, so that it can run once more; its
+    /// names, or none.
+    pub(super) fn try_again(&mut self, at_most: u32) -> Vec<String> {
+        let again = self.tried_again.is_empty() && self.unsteady.is_empty();
+        if !again || self.failed > at_most || self.failed as usize != self.failures.len() {
+            return Vec::new();
+        }
+        self.failed = 0;
+        self.tried_again = std::mem::take(&mut self.failures);
+        let names = self.tried_again.iter();
+        names.map(|failure| failure.name.clone()).collect()
     }
 
     /// Counts a test whose program could not sum up any more.
@@ -64,7 +82,12 @@ impl Total {
             self.skipped += skipped;
             self.speaker = None;
         } else if let Some((name, outcome)) = test_and_outcome(line) {
-            if outcome.starts_with("FAILED") {
+            if outcome == "ok" {
+                let passed = self
+                    .tried_again
+                    .extract_if(.., |failure| failure.name == name);
+                self.unsteady.extend(passed);
+            } else if outcome.starts_with("FAILED") {
                 self.failures.push(Failure {
                     name: name.to_owned(),
                     said: Vec::new(),
@@ -88,11 +111,13 @@ impl Total {
         }
     }
 
-    /// What failed and the first it said, for the end of a long run.
+    /// What failed, at first or in the end, and the first it said, for the end of a long run.
     pub(super) fn failures(&self) -> String {
         let mut text = String::new();
-        for failure in &self.failures {
-            text.push_str(&format!("failed: {}\n", failure.name));
+        let unsteady = self.unsteady.iter().map(|failure| ("failed once", failure));
+        let failed = self.failures.iter().map(|failure| ("failed", failure));
+        for (how, failure) in unsteady.chain(failed) {
+            text.push_str(&format!("{how}: {}\n", failure.name));
             for line in &failure.said {
                 text.push_str(&format!("    {line}\n"));
             }
@@ -109,7 +134,11 @@ impl std::fmt::Display for Total {
             skipped,
             ..
         } = self;
-        write!(to, "{passed} passed, {failed} failed, {skipped} skipped")
+        write!(to, "{passed} passed, {failed} failed, {skipped} skipped")?;
+        match self.unsteady.len() {
+            0 => Ok(()),
+            some => write!(to, ", {some} passed only when run again"),
+        }
     }
 }
 
@@ -165,6 +194,29 @@ mod tests {
             test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s",
         );
         assert_eq!((total.passed, total.failed, total.skipped), (3, 2, 1));
+    }
+
+    #[test]
+    fn what_passes_when_it_runs_again_is_named() {
+        let failed = "test a::b ... FAILED\ntest a::c ... FAILED\ntest a::d ... ok\n\
+             ---- a::b ----\nwhy\ntest result: FAILED. 1 passed; 2 failed; 0 ignored";
+        assert!(told(failed).try_again(1).is_empty());
+        let mut total = told(failed);
+        assert_eq!(total.try_again(2), ["a::b", "a::c"]);
+        let again = "test a::b ... ok\ntest a::c ... FAILED\n\
+             ---- a::c ----\nthis\ntest result: FAILED. 1 passed; 1 failed; 0 ignored";
+        again.lines().for_each(|line| total.take_line(line));
+        assert!(total.try_again(2).is_empty());
+        let mut whole = Total::default();
+        whole.add(total, Some("1.7"));
+        assert_eq!(
+            whole.to_string(),
+            "2 passed, 1 failed, 0 skipped, 1 passed only when run again"
+        );
+        assert_eq!(
+            whole.failures(),
+            "failed once: a::b (1.7)\n    why\nfailed: a::c (1.7)\n    this\n"
+        );
     }
 
     #[test]

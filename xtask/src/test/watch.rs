@@ -10,6 +10,9 @@ use crate::containerd::Version;
 /// How often labs may break in one run before it is given up.
 const BREAKS: u32 = 3;
 
+/// How many failures of one run are looked into by running those tests again. More are no chance.
+const UNSTEADY: u32 = 3;
+
 /// Standard output of a run: shown with the version before each line, counted and timed.
 pub(super) struct Watch {
     report: Report,
@@ -49,6 +52,23 @@ impl Watch {
     pub(super) fn settled(&self) -> impl Iterator<Item = &str> {
         let ended = self.report.durations.iter().map(|(name, _)| name);
         ended.chain(&self.given_up).map(String::as_str)
+    }
+
+    /// Whether another lab is to run again what failed in this one, which is done once.
+    pub(super) fn tries_again(&mut self) -> bool {
+        let summed_up = self.outcomes.is_empty();
+        if !summed_up || !self.given_up.is_empty() {
+            return false;
+        }
+        let again = self.report.total.try_again(UNSTEADY);
+        if !again.is_empty() {
+            let version = self.report.version.name();
+            eprintln!("    {version} failed, and runs again: {}", again.join(", "));
+        }
+        self.report
+            .durations
+            .retain(|(name, _)| !again.contains(name));
+        !again.is_empty()
     }
 
     /// The report, once there is no more to come.
@@ -194,6 +214,28 @@ mod tests {
         assert_eq!(report.total.failures(), "failed: a::b\n");
         let told = Report::describe(&[report]);
         assert!(told.ends_with(", labs that broke: 1"), "{told}");
+    }
+
+    #[test]
+    fn what_failed_runs_again_in_another_lab() {
+        let mut watch = watch(
+            "test a::b ... ok\ntest a::c ... FAILED\n\
+             test result: FAILED. 1 passed; 1 failed; 0 ignored\n",
+        );
+        assert!(watch.tries_again());
+        assert!(watch.settled().eq(["a::b"]));
+        watch
+            .write_all(b"test a::c ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n")
+            .unwrap();
+        assert!(!watch.tries_again());
+        let total = watch.ended(0).total;
+        assert_eq!((total.passed, total.failed), (2, 0));
+        assert!(total.failures().starts_with("failed once: a::c\n"));
+    }
+
+    #[test]
+    fn what_ended_uncounted_does_not_run_again() {
+        assert!(!watch("test a::b ... FAILED\ntest a::c ... ").tries_again());
     }
 
     #[test]
