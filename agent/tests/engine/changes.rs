@@ -16,6 +16,16 @@ const LIMITS: Limits = Limits {
     depth: 100,
 };
 
+pub(crate) const ALL: &[Case] = &[
+    ("nothing_written_is_no_change", nothing_written_is_no_change),
+    ("changes_of_every_kind", changes_of_every_kind),
+    ("deletions_and_renames", deletions_and_renames),
+    (
+        "nobody_is_told_of_a_running_container",
+        nobody_is_told_of_a_running_container,
+    ),
+];
+
 /// A machine whose snapshot held something of its own, above the image.
 fn with_changes(script: &str, test: impl AsyncFnOnce(&Machine, Vec<String>)) -> Outcome {
     let own = Path::new("/run/own");
@@ -119,14 +129,14 @@ fn line(record: &Record, data: &str) -> String {
     }
 }
 
-pub(crate) fn nothing_written_is_no_change() -> Outcome {
+fn nothing_written_is_no_change() -> Outcome {
     with_changes("true", async |machine, told| {
         assert_eq!(told, ["root changed=false", "end"]);
         assert!(!machine.changed("c").await);
     })
 }
 
-pub(crate) fn changes_of_every_kind() -> Outcome {
+fn changes_of_every_kind() -> Outcome {
     let script = r#"
         mkdir -m 1777 new && echo hello > new/file && chown 70000:42 new/file && chmod 4711 new/file
         ln new/file new/other && ln -s ../nowhere new/soft
@@ -155,7 +165,7 @@ pub(crate) fn changes_of_every_kind() -> Outcome {
     })
 }
 
-pub(crate) fn deletions_and_renames() -> Outcome {
+fn deletions_and_renames() -> Outcome {
     let script = "
         rm below/file kept/mine
         rm -r below/deep && mkdir below/deep && touch below/deep/new
@@ -188,7 +198,7 @@ pub(crate) fn deletions_and_renames() -> Outcome {
     })
 }
 
-pub(crate) fn nobody_is_told_of_a_running_container() -> Outcome {
+fn nobody_is_told_of_a_running_container() -> Outcome {
     on_machine(async |machine| {
         let _ends = machine.run("c", &spec(&["sleep", "1000"])).await;
         let running = told(machine, "c").await;

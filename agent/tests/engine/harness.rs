@@ -539,6 +539,19 @@ pub(crate) fn process(args: &[&str]) -> Value {
     })
 }
 
+/// The code and the text of a call that was refused.
+pub(crate) fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The arguments of a shell script.
+pub(crate) fn sh(script: &str) -> [&str; 3] {
+    ["sh", "-c", script]
+}
+
 /// A config much like containerd's default.
 pub(crate) fn spec(args: &[&str]) -> Value {
     json!({

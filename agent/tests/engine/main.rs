@@ -10,10 +10,13 @@
 // Nothing here ships: a failure is a test that fails, and the results are what is printed.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
-mod cases;
 mod changes;
 mod harness;
+mod lives;
+mod processes;
+mod refusals;
 mod roots;
+mod streams;
 
 use std::process::ExitCode;
 
@@ -21,5 +24,13 @@ fn main() -> ExitCode {
     if let Some(code) = supermachine_agent::helper_main() {
         return code;
     }
-    harness::main(&[cases::ALL, roots::ALL].concat())
+    let all = [
+        streams::ALL,
+        processes::ALL,
+        lives::ALL,
+        refusals::ALL,
+        changes::ALL,
+        roots::ALL,
+    ];
+    harness::main(&all.concat())
 }
