@@ -1,5 +1,7 @@
 //! What test programs counted, and what failed, to be said once more where a run ends.
 
+/// How many failures of one run may be chance, so that those tests run again.
+const UNSTEADY: u32 = 3;
 /// Lines kept of what a failure said.
 const LINES: usize = 6;
 /// Characters kept of each of them.
@@ -52,17 +54,24 @@ impl Total {
         self.unsteady.extend(other.unsteady.into_iter().map(there));
     }
 
-    /// Forgets what failed, once, if it is not more than this, so that it can run once more; its
-    /// names, or none.
-    pub(super) fn try_again(&mut self, at_most: u32) -> Vec<String> {
-        let again = self.tried_again.is_empty() && self.unsteady.is_empty();
-        if !again || self.failed > at_most || self.failed as usize != self.failures.len() {
+    /// Takes back, once, that these failed, so that they can run again: none if they are too many.
+    pub(super) fn try_again(&mut self) -> Vec<String> {
+        let first = self.tried_again.is_empty() && self.unsteady.is_empty();
+        if !first || self.failed > UNSTEADY || self.failed as usize != self.failures.len() {
             return Vec::new();
         }
         self.failed = 0;
         self.tried_again = std::mem::take(&mut self.failures);
         let names = self.tried_again.iter();
         names.map(|failure| failure.name.clone()).collect()
+    }
+
+    /// What was to run again and did not come to an end has failed.
+    pub(super) fn settle(&mut self) {
+        for failure in std::mem::take(&mut self.tried_again) {
+            self.failed += 1;
+            self.failures.push(failure);
+        }
     }
 
     /// Counts a test whose program could not sum up any more.
@@ -82,12 +91,14 @@ impl Total {
             self.skipped += skipped;
             self.speaker = None;
         } else if let Some((name, outcome)) = test_and_outcome(line) {
-            if outcome == "ok" {
+            // Some tell their time after it.
+            if outcome.split(' ').next() == Some("ok") {
                 let passed = self
                     .tried_again
                     .extract_if(.., |failure| failure.name == name);
                 self.unsteady.extend(passed);
             } else if outcome.starts_with("FAILED") {
+                self.tried_again.retain(|failure| failure.name != name);
                 self.failures.push(Failure {
                     name: name.to_owned(),
                     said: Vec::new(),
@@ -200,13 +211,13 @@ mod tests {
     fn what_passes_when_it_runs_again_is_named() {
         let failed = "test a::b ... FAILED\ntest a::c ... FAILED\ntest a::d ... ok\n\
              ---- a::b ----\nwhy\ntest result: FAILED. 1 passed; 2 failed; 0 ignored";
-        assert!(told(failed).try_again(1).is_empty());
         let mut total = told(failed);
-        assert_eq!(total.try_again(2), ["a::b", "a::c"]);
-        let again = "test a::b ... ok\ntest a::c ... FAILED\n\
+        assert_eq!(total.try_again(), ["a::b", "a::c"]);
+        let again = "test a::b ... ok (0.20 s)\ntest a::c ... FAILED\n\
              ---- a::c ----\nthis\ntest result: FAILED. 1 passed; 1 failed; 0 ignored";
         again.lines().for_each(|line| total.take_line(line));
-        assert!(total.try_again(2).is_empty());
+        assert!(total.try_again().is_empty());
+        total.settle();
         let mut whole = Total::default();
         whole.add(total, Some("1.7"));
         assert_eq!(
@@ -217,6 +228,27 @@ mod tests {
             whole.failures(),
             "failed once: a::b (1.7)\n    why\nfailed: a::c (1.7)\n    this\n"
         );
+    }
+
+    #[test]
+    fn more_than_a_few_do_not_run_again() {
+        let mut total = Total::default();
+        for name in ["a", "b", "c", "d"] {
+            total.fail(name, "why");
+        }
+        assert!(total.try_again().is_empty());
+        assert_eq!(total.failed, 4);
+    }
+
+    #[test]
+    fn what_does_not_end_when_it_runs_again_has_failed() {
+        let mut total = Total::default();
+        total.fail("a", "why");
+        assert_eq!(total.try_again(), ["a"]);
+        assert_eq!(total.failed, 0);
+        total.settle();
+        assert_eq!(total.failures(), "failed: a\n    why\n");
+        assert_eq!(total.failed, 1);
     }
 
     #[test]

@@ -10,9 +10,6 @@ use crate::containerd::Version;
 /// How often labs may break in one run before it is given up.
 const BREAKS: u32 = 3;
 
-/// How many failures of one run are looked into by running those tests again. More are no chance.
-const UNSTEADY: u32 = 3;
-
 /// Standard output of a run: shown with the version before each line, counted and timed.
 pub(super) struct Watch {
     report: Report,
@@ -60,7 +57,7 @@ impl Watch {
         if !summed_up || !self.given_up.is_empty() {
             return false;
         }
-        let again = self.report.total.try_again(UNSTEADY);
+        let again = self.report.total.try_again();
         if !again.is_empty() {
             let version = self.report.version.name();
             eprintln!("    {version} failed, and runs again: {}", again.join(", "));
@@ -72,7 +69,8 @@ impl Watch {
     }
 
     /// The report, once there is no more to come.
-    pub(super) fn report(self) -> Report {
+    pub(super) fn report(mut self) -> Report {
+        self.report.total.settle();
         self.report
     }
 
@@ -85,7 +83,7 @@ impl Watch {
             let said = format!("ended with status {status} after {last}");
             self.report.total.fail("e2e", said);
         }
-        self.report
+        self.report()
     }
 
     /// Counts what had ended before the lab broke; whether another lab is to go on. A test that two
