@@ -38,8 +38,11 @@ fn restarted(world: &World) -> Result<()> {
         let container = host.container(BUSYBOX).with_streams().detach(&[
             "sh",
             "-c",
-            "echo first; while read line; do echo got $line; done",
+            "until [ -e /ready ]; do sleep 0.1; done; \
+             echo first; while read line; do echo got $line; done",
         ])?;
+        // Not before ctr has gone: it reads what is written while it is there.
+        container.exec(&["touch", "/ready"])?.success()?;
         let id = container.id().to_owned();
         let task = host.task(&id)?.context("no task")?;
 
