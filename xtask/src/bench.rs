@@ -8,7 +8,7 @@ use anyhow::Result;
 use crate::arch::Arch;
 use crate::containerd::Version;
 use crate::host::{self, Place};
-use crate::lab::Pace;
+use crate::lab::{Gic, Pace};
 use crate::programs::{self, Launch};
 use crate::step::step;
 use crate::{build, kernel, paths};
@@ -56,6 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
                 timeout: Some(LIMIT),
                 silence: None,
                 out: Some(paths::products(Arch::HOST).join("bench")),
+                gic: Gic::default(),
                 pace: if icount {
                     Pace::Counted
                 } else {

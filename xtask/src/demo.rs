@@ -55,6 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         silence: None,
         out: None,
         pace: lab::Pace::Steady,
+        gic: lab::Gic::default(),
     };
     step("containers in microVMs", || {
         programs::launch(&place, launch, &mut io::stdout())

@@ -39,6 +39,7 @@ pub(crate) struct Launch<'a> {
     /// Where what it leaves in `$SUPERMACHINE_OUT` goes.
     pub(crate) out: Option<PathBuf>,
     pub(crate) pace: lab::Pace,
+    pub(crate) gic: lab::Gic,
 }
 
 /// Where the built programs are.
@@ -115,6 +116,7 @@ fn in_lab(launch: Launch<'_>, stdout: &mut dyn Write) -> Result<u8> {
             silence: launch.silence,
             containerd: launch.containerd,
             pace: launch.pace,
+            gic: launch.gic,
             ..Run::default()
         },
         stdout,

@@ -23,7 +23,7 @@ use super::SnapshotError;
 pub(super) const MAGIC: [u8; 8] = *b"\x89SMVM\r\n\x1a";
 
 /// The version of this format, which is also that of every state in it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Bytes of the head. A multiple of every host's page size, so that RAM behind it can be mapped.
 pub(super) const HEAD: u64 = 64 << 10;

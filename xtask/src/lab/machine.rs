@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::files;
 use super::image::{self, Image};
-use super::model::Model;
+use super::model::{Gic, Model};
 use super::qemu;
 use crate::arch::Arch;
 use crate::containerd::Version;
@@ -42,6 +42,7 @@ pub(super) struct Shape {
     /// The containerd that its init starts.
     pub(super) containerd: Version,
     pub(super) pace: Pace,
+    pub(super) gic: Gic,
 }
 
 /// A running lab, known by its folder.
@@ -201,7 +202,12 @@ fn arguments(image: &Image, dir: &Path, shape: &Shape, mended: bool) -> Vec<Stri
         add(&["-icount", "shift=0,sleep=off"]);
     }
     let model = Model::of(shape.arch);
-    add(&model.machine);
+    add(&[
+        "-machine",
+        &model.machine(shape.gic),
+        "-cpu",
+        model.processor,
+    ]);
     add(&["-m", &shape.memory]);
     add(&[
         "-nodefaults",

@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail};
 use self::channel::Request;
 pub(crate) use self::machine::Pace;
 use self::machine::{Lab, Shape};
+pub(crate) use self::model::Gic;
 use self::model::Model;
 pub(crate) use self::session::Broken;
 use self::session::{Load, Session};
@@ -114,6 +115,9 @@ struct RunArgs {
     /// One processor whose clock counts instructions: for figures; always a lab of its own
     #[arg(long)]
     icount: bool,
+    /// The interrupt controller of an arm64 lab (of a lab started for this run)
+    #[arg(long, value_enum, value_name = "VERSION")]
+    gic: Option<Gic>,
     /// Start a lab for this run even if one is running
     #[arg(long)]
     fresh: bool,
@@ -138,6 +142,7 @@ pub(crate) struct Run {
     pub(crate) memory: Option<String>,
     pub(crate) containerd: Version,
     pub(crate) pace: Pace,
+    pub(crate) gic: Gic,
     pub(crate) fresh: bool,
 }
 
@@ -161,6 +166,7 @@ pub(crate) fn run(args: Args) -> Result<u8> {
                 } else {
                     Pace::Steady
                 },
+                gic: args.gic.unwrap_or_default(),
                 fresh: args.fresh,
             };
             execute(run, install.as_deref(), None, &mut std::io::stdout())
@@ -171,6 +177,7 @@ pub(crate) fn run(args: Args) -> Result<u8> {
             memory,
             containerd,
             pace: Pace::Steady,
+            gic: Gic::default(),
         })
         .map(|()| 0),
         Action::Down => down(arch).map(|()| 0),
@@ -234,8 +241,10 @@ fn execute(
         memory: run.memory.clone().unwrap_or_else(|| "4G".to_owned()),
         containerd: run.containerd,
         pace: run.pace,
+        gic: run.gic,
     };
-    let reuse = run.pace == Pace::Steady && !run.fresh && run.memory.is_none();
+    let usual = run.pace == Pace::Steady && run.gic == Gic::default() && run.memory.is_none();
+    let reuse = usual && !run.fresh;
     let staying = if reuse { running(run.arch)? } else { None };
     let staying = staying.filter(|lab| lab.containerd == run.containerd);
     let status = match staying {

@@ -2,6 +2,16 @@
 
 use crate::arch::Arch;
 
+/// The interrupt controller of an arm64 lab, and so of its guests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Gic {
+    #[value(name = "2")]
+    V2,
+    #[default]
+    #[value(name = "3")]
+    V3,
+}
+
 /// A lab's machine for one processor.
 #[derive(Debug)]
 pub(super) struct Model {
@@ -10,7 +20,8 @@ pub(super) struct Model {
     pub(super) qemu: &'static str,
     pub(super) qemu_package: &'static str,
     /// Machine and processor, with virtualization.
-    pub(super) machine: [&'static str; 4],
+    pub(super) machine: &'static str,
+    pub(super) processor: &'static str,
     /// The kernel's command line.
     pub(super) command_line: &'static str,
     /// Packages on its disk beside those of all labs.
@@ -25,7 +36,8 @@ const X86_64: Model = Model {
     arch: Arch::X86_64,
     qemu: "qemu-system-x86_64",
     qemu_package: "qemu-system-x86",
-    machine: ["-machine", "q35,hpet=off", "-cpu", "EPYC-Rome"],
+    machine: "q35,hpet=off",
+    processor: "EPYC-Rome",
     command_line: "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr \
         tsc=reliable no_timer_check cryptomgr.notests random.trust_cpu=on apparmor=0 \
         kvm.halt_poll_ns=0",
@@ -38,12 +50,8 @@ const AARCH64: Model = Model {
     arch: Arch::Aarch64,
     qemu: "qemu-system-aarch64",
     qemu_package: "qemu-system-arm",
-    machine: [
-        "-machine",
-        "virt,virtualization=on,gic-version=3",
-        "-cpu",
-        "cortex-a72",
-    ],
+    machine: "virt,virtualization=on",
+    processor: "cortex-a72",
     command_line: "console=ttyAMA0 quiet loglevel=3 panic=-1 mitigations=off nokaslr \
         cryptomgr.notests apparmor=0 kvm.halt_poll_ns=0",
     packages: "",
@@ -55,6 +63,15 @@ impl Model {
         match arch {
             Arch::X86_64 => &X86_64,
             Arch::Aarch64 => &AARCH64,
+        }
+    }
+
+    /// What QEMU's `-machine` takes.
+    pub(super) fn machine(&self, gic: Gic) -> String {
+        match (self.arch, gic) {
+            (Arch::X86_64, _) => self.machine.to_owned(),
+            (Arch::Aarch64, Gic::V2) => format!("{},gic-version=2", self.machine),
+            (Arch::Aarch64, Gic::V3) => format!("{},gic-version=3", self.machine),
         }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::total::Total;
 use super::{Tee, conclude, e2e};
 use crate::arch::Arch;
-use crate::lab::{self, Run};
+use crate::lab::{self, Gic, Run};
 use crate::step::{output, step};
 use crate::{build, cross, kernel, paths};
 
@@ -36,6 +36,9 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 const CONTAINERS: [&str; 2] = ["output::", "kernels::"];
 const MACHINES: [&str; 3] = ["examples::", "slots::", "clones::"];
 
+/// What of both depends on the interrupt controller: run once more where there is a GICv2.
+const WITH_GIC: (&str, &str) = ("hypervisor::kvm::", "examples::snapshot");
+
 /// Runs each program of a folder with these arguments, the next also after one that failed.
 const EACH: &str = "status=0; for program in /mnt/tests-arm64/*; do \
     echo \"$program\"; \"$program\" \"$@\" || status=1; done; exit $status";
@@ -48,6 +51,9 @@ pub(crate) struct Args {
     /// Only end-to-end tests whose name contains this
     #[arg(long)]
     e2e: Option<String>,
+    /// The lab's interrupt controller
+    #[arg(long, value_enum, value_name = "VERSION", default_value_t)]
+    gic: Gic,
     /// Only tests of the package whose name contains this
     #[arg(requires = "package")]
     filter: Option<String>,
@@ -76,19 +82,20 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
     lab::prepare(ARCH)?;
     if let Some(filter) = &args.e2e {
         build::ensure(ARCH)?;
-        return end_to_end(filter, total);
+        return end_to_end(filter, args.gic, total);
     }
     units(args, total)?;
     if args.package.is_none() {
         for group in CONTAINERS {
-            end_to_end(group, total)?;
+            end_to_end(group, args.gic, total)?;
         }
         if kernel::cached(ARCH)?.is_some() {
             for group in MACHINES {
-                end_to_end(group, total)?;
+                end_to_end(group, args.gic, total)?;
             }
+            end_to_end(WITH_GIC.1, Gic::V2, total)?;
         } else {
-            for group in MACHINES {
+            for group in MACHINES.iter().chain([&WITH_GIC.1]) {
                 eprintln!("    {group} skipped: `make test-arm64` builds the kernel they are for");
                 total.skipped += 1;
             }
@@ -97,48 +104,81 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
     Ok(())
 }
 
-fn end_to_end(filter: &str, total: &mut Total) -> Result<()> {
-    let report = step(&format!("arm64: {filter} in the lab"), || {
-        e2e::in_lab(ARCH, filter)
+fn end_to_end(filter: &str, gic: Gic, total: &mut Total) -> Result<()> {
+    let report = step(&format!("arm64: {filter} in {}", place(gic)), || {
+        e2e::in_lab(ARCH, gic, filter)
     })?;
     total.add(report.total, Some("arm64"));
     Ok(())
 }
 
+/// Where they run, in words.
+fn place(gic: Gic) -> &'static str {
+    match gic {
+        Gic::V2 => "the lab with a GICv2",
+        Gic::V3 => "the lab",
+    }
+}
+
 fn units(args: &Args, total: &mut Total) -> Result<()> {
     let folder = step("arm64: test programs", || programs(args))?;
     let guest = guest(args)?;
-    let name = guest.as_deref().and_then(Path::file_name);
-    let run = |args: &[&str], counted: &mut Total| {
+    let units = Units { folder, guest };
+    units.count(args.gic, args.filter.as_deref(), total)?;
+    if args.package.is_none() {
+        units.count(Gic::V2, Some(WITH_GIC.0), total)?;
+    }
+    Ok(())
+}
+
+/// Test programs, and what they boot.
+struct Units {
+    folder: PathBuf,
+    guest: Option<PathBuf>,
+}
+
+impl Units {
+    /// Runs them and adds up what they report; a few that failed run again.
+    fn count(&self, gic: Gic, filter: Option<&str>, total: &mut Total) -> Result<()> {
+        let mut counted = Total::default();
+        self.run(gic, &Vec::from_iter(filter), &mut counted)?;
+        for name in counted.try_again() {
+            eprintln!("    failed, and runs again: {name}");
+            self.run(gic, &[&name, "--exact"], &mut counted)?;
+        }
+        counted.settle();
+        total.add(counted, (gic == Gic::V2).then_some("GICv2"));
+        Ok(())
+    }
+
+    fn run(&self, gic: Gic, args: &[&str], counted: &mut Total) -> Result<()> {
+        let guest = self.guest.as_deref().and_then(Path::file_name);
         let run = Run {
             arch: ARCH,
+            gic,
             command: ["sh", "-c", EACH, "sh"]
                 .iter()
                 .chain(args)
                 .map(|arg| (*arg).to_owned())
                 .collect(),
-            env: name
+            env: guest
                 .map(|name| (GUEST.to_owned(), format!("/mnt/{}", name.display())))
                 .into_iter()
                 .collect(),
-            add: [folder.clone()].into_iter().chain(guest.clone()).collect(),
+            add: [&self.folder]
+                .into_iter()
+                .chain(&self.guest)
+                .cloned()
+                .collect(),
             timeout: Some(LIMIT),
             ..Run::default()
         };
         let mut tee = Tee::default();
-        let status = step("arm64: tests in the lab", || lab::run_bare(run, &mut tee))?;
-        tee.add_to(counted, "arm64: tests in the lab", status == 0);
-        anyhow::Ok(())
-    };
-    let mut counted = Total::default();
-    run(&Vec::from_iter(args.filter.as_deref()), &mut counted)?;
-    for name in counted.try_again() {
-        eprintln!("    failed, and runs again: {name}");
-        run(&[&name, "--exact"], &mut counted)?;
+        let name = format!("arm64: tests in {}", place(gic));
+        let status = step(&name, || lab::run_bare(run, &mut tee))?;
+        tee.add_to(counted, &name, status == 0);
+        Ok(())
     }
-    counted.settle();
-    total.add(counted, None);
-    Ok(())
 }
 
 /// Builds every test program and puts them in a folder.

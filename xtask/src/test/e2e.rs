@@ -72,20 +72,19 @@ pub(super) fn run(
 ) -> Result<Vec<Report>> {
     build::build(&kernel::ensure(Arch::HOST)?)?;
     let place = host::place();
+    let here = (Arch::HOST, lab::Gic::default());
     host::announce(&place);
     let reports: Vec<Report> = step("end-to-end tests", || match place {
         Place::Native => versions
             .iter()
-            .map(|version| on_one(&place, Arch::HOST, *version, filter, runs))
+            .map(|version| on_one(&place, here, *version, filter, runs))
             .collect(),
         Place::Lab(_) => {
             lab::prepare(Arch::HOST)?;
             thread::scope(|scope| {
                 let runs: Vec<_> = versions
                     .iter()
-                    .map(|version| {
-                        scope.spawn(|| on_one(&place, Arch::HOST, *version, filter, runs))
-                    })
+                    .map(|version| scope.spawn(|| on_one(&place, here, *version, filter, runs)))
                     .collect();
                 runs.into_iter()
                     .map(|run| run.join().map_err(|_| anyhow!("a run panicked"))?)
@@ -98,14 +97,14 @@ pub(super) fn run(
 }
 
 /// Runs them in the lab of another processor, for which everything is built and prepared.
-pub(super) fn in_lab(arch: Arch, filter: &str) -> Result<Report> {
+pub(super) fn in_lab(arch: Arch, gic: lab::Gic, filter: &str) -> Result<Report> {
     let place = Place::Lab(String::new());
-    on_one(&place, arch, Version::Newest, Some(filter), None)
+    on_one(&place, (arch, gic), Version::Newest, Some(filter), None)
 }
 
 fn on_one(
     place: &Place,
-    arch: Arch,
+    (arch, gic): (Arch, lab::Gic),
     version: Version,
     filter: Option<&str>,
     runs: Option<u32>,
@@ -140,6 +139,7 @@ fn on_one(
             silence: Some(SILENCE + RUN * runs.unwrap_or(0)),
             out: Some(out.clone()),
             pace: lab::Pace::Steady,
+            gic,
         };
         match programs::launch(place, launch, &mut watch) {
             // An emulated machine is slow at any moment it likes: what failed in it fails again if

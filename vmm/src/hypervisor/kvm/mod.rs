@@ -93,7 +93,7 @@ impl Hypervisor for Kvm {
         let (fd, platform) = arch::create_vm(&self.fd, &self.extent)?;
         Ok(KvmVm {
             fd: Arc::new(fd),
-            platform,
+            platform: Arc::new(platform),
             extent: Arc::clone(&self.extent),
         })
     }
@@ -145,7 +145,7 @@ fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> HypervisorError {
 #[derive(Debug)]
 pub struct KvmVm {
     fd: Arc<VmFd>,
-    platform: Platform,
+    platform: Arc<Platform>,
     extent: Arc<Extent>,
 }
 
@@ -197,7 +197,7 @@ impl VmBackend for KvmVm {
     }
 
     fn irq_line(&self, pin: u32) -> Result<KvmIrqLine, HypervisorError> {
-        KvmIrqLine::new(Arc::clone(&self.fd), pin)
+        KvmIrqLine::new(Arc::clone(&self.fd), Arc::clone(&self.platform), pin)
     }
 
     fn save(&self) -> Result<VmState, HypervisorError> {

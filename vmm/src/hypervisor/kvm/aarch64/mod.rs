@@ -144,13 +144,27 @@ impl Platform {
         Ok(VmState { gic })
     }
 
-    pub(super) fn restore(&self, _: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
-        self.gic.restore(&state.gic)
+    pub(super) fn restore(&self, vm: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
+        for pin in self.gic.restore(&state.gic)? {
+            self.set_line(vm, pin, true).map_err(call("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the level of a shared interrupt's line.
+    pub(super) fn set_line(
+        &self,
+        vm: &VmFd,
+        pin: u32,
+        high: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.gic.note_line(pin, high);
+        vm.set_irq_line(line(pin), high)
     }
 }
 
 /// How `KVM_IRQ_LINE` calls a shared interrupt.
-pub(super) fn line(pin: u32) -> u32 {
+fn line(pin: u32) -> u32 {
     KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (layout::SPI_BASE + pin)
 }
 

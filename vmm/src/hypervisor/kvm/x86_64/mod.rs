@@ -102,11 +102,16 @@ impl Platform {
     pub(super) fn restore(&self, vm: &VmFd, state: &VmState) -> Result<(), HypervisorError> {
         state::restore_vm(vm, state)
     }
-}
 
-/// How `KVM_IRQ_LINE` calls a pin.
-pub(super) fn line(pin: u32) -> u32 {
-    pin
+    /// Sets the level of a pin's line.
+    pub(super) fn set_line(
+        &self,
+        vm: &VmFd,
+        pin: u32,
+        high: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
+        vm.set_irq_line(pin, high)
+    }
 }
 
 /// Tells a guest that it was kept from running.

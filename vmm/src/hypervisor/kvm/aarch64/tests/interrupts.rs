@@ -1,4 +1,4 @@
-//! Interrupts of lines and of the timer, through a GICv3.
+//! Interrupts of lines and of the timer, through the GIC that this host has.
 
 use super::*;
 
@@ -56,26 +56,65 @@ guest!(
     "eret",
 );
 
+// The same on a GICv2. x10: the CPU interface.
+guest!(
+    interrupts_v2,
+    "adr x0, 9f",
+    "msr vbar_el1, x0",
+    "mov x9, #0x08000000",
+    "mov x10, #0x08010000",
+    "mov x11, #0x0a000000",
+    // GICD_CTLR.
+    "mov w0, #1",
+    "str w0, [x9]",
+    // Edge and level, for the first processor, enabled.
+    "mov w0, #0x800",
+    "str w0, [x9, #0xc08]",
+    "mov w0, #0x01010101",
+    "str w0, [x9, #0x824]",
+    "mov w0, #0x60",
+    "str w0, [x9, #0x104]",
+    "mov w0, #0x08000000",
+    "str w0, [x9, #0x100]",
+    // GICC_PMR, GICC_CTLR.
+    "mov w0, #0xff",
+    "str w0, [x10, #4]",
+    "mov w0, #1",
+    "str w0, [x10]",
+    "ldr x0, [x11]",
+    "cbz x0, 2f",
+    "msr cntv_tval_el0, x0",
+    "mov x0, #1",
+    "msr cntv_ctl_el0, x0",
+    "2: str xzr, [x11, #16]",
+    "msr daifclr, #2",
+    "3: wfi",
+    "b 3b",
+    ".balign 2048",
+    "9: .space 0x280",
+    // GICC_IAR, GICC_EOIR.
+    "ldr w3, [x10, #0xc]",
+    "cmp w3, #27",
+    "b.ne 4f",
+    "msr cntv_ctl_el0, xzr",
+    "4: str w3, [x11, #8]",
+    "str w3, [x10, #0x10]",
+    "eret",
+);
+
 /// Runs until it is ready, with the answer to its question.
 pub(super) fn begun(vcpu: &mut KvmVcpu, ticks: u64) {
     answer(vcpu, 0, &ticks.to_le_bytes());
     assert_eq!(written(vcpu), (16, 0));
 }
 
-/// None, and a word why, on a host without KVM or with a GICv2: a guest may be for a GICv3, and
-/// another can't be saved.
-pub(super) fn on_gicv3(code: &[u8]) -> Option<Fixture> {
-    let fixture = Fixture::new(code)?;
-    if fixture.vm.platform.gic.version() == Gic::V2 {
-        eprintln!("skipped: this host has a GICv2");
-        return None;
-    }
-    Some(fixture)
-}
-
-/// The guest above.
+/// The guest above for the GIC of this host. None, and a word why, on one without KVM.
 pub(super) fn fixture() -> Option<Fixture> {
-    on_gicv3(interrupts())
+    let fixture = Fixture::new(interrupts())?;
+    match fixture.vm.platform.gic.version() {
+        Gic::V2 => Fixture::new(interrupts_v2()),
+        Gic::V3 => Some(fixture),
+    }
 }
 
 #[test]

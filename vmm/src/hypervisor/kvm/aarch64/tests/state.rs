@@ -1,6 +1,6 @@
 //! A guest goes on in another VM as if nothing had happened.
 
-use super::interrupts::{begun, fixture as interruptible, on_gicv3};
+use super::interrupts::{begun, fixture as interruptible};
 use super::*;
 use crate::hypervisor::kvm::tests::travelled;
 
@@ -37,7 +37,7 @@ type Registers = Vec<(u64, Vec<u8>)>;
 
 #[test]
 fn a_guest_goes_on_from_the_middle_of_an_instruction() {
-    let Some(fixture) = on_gicv3(remembers()) else {
+    let Some(fixture) = Fixture::new(remembers()) else {
         return;
     };
     let mut vcpu = fixture.vcpu();
@@ -160,7 +160,8 @@ fn an_interrupt_controller_of_another_shape_is_refused() {
     let good = serde_json::to_value(fixture.vm.save().unwrap()).unwrap();
     for list in ["distributor", "lines", "vcpus"] {
         let mut state = good.clone();
-        let values = state["gic"][list].as_array_mut().unwrap();
+        let mut versions = state["gic"].as_object_mut().unwrap().values_mut();
+        let values = versions.next().unwrap()[list].as_array_mut().unwrap();
         let more = values[0].clone();
         values.push(more);
         let state: VmState = serde_json::from_value(state).unwrap();
@@ -175,5 +176,28 @@ fn an_interrupt_controller_of_another_shape_is_refused() {
             ),
             "{list}: {error}"
         );
+    }
+}
+
+#[test]
+fn an_interrupt_controller_of_another_version_is_refused() {
+    let Some(fixture) = interruptible() else {
+        return;
+    };
+    let _vcpu = fixture.vcpu();
+    let (named, found, expected) = match fixture.vm.platform.gic.version() {
+        Gic::V2 => ("V3", 2, 3),
+        Gic::V3 => ("V2", 3, 2),
+    };
+    let none = serde_json::json!({"distributor": [], "lines": [], "vcpus": []});
+    let state = serde_json::json!({"gic": {named: none}});
+    let state: VmState = serde_json::from_value(state).unwrap();
+    match fixture.vm.restore(&state).unwrap_err() {
+        HypervisorError::Unsuitable {
+            found: here,
+            expected: wanted,
+            ..
+        } => assert_eq!((here, wanted), (found, expected)),
+        other => panic!("{other}"),
     }
 }
