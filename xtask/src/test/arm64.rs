@@ -36,8 +36,10 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 const CONTAINERS: [&str; 2] = ["output::", "kernels::"];
 const MACHINES: [&str; 3] = ["examples::", "slots::", "clones::"];
 
-/// What of both depends on the interrupt controller: run once more where there is a GICv2.
-const WITH_GIC: (&str, &str) = ("hypervisor::kvm::", "examples::snapshot");
+/// What depends on the interrupt controller is run once more where there is a GICv2: tests of the
+/// VMM, and a guest of two vCPUs.
+const OF_THE_GIC: &str = "hypervisor::kvm::";
+const GUEST_OF_THE_GIC: &str = "examples::snapshot";
 
 /// Runs each program of a folder with these arguments, the next also after one that failed.
 const EACH: &str = "status=0; for program in /mnt/tests-arm64/*; do \
@@ -93,9 +95,9 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
             for group in MACHINES {
                 end_to_end(group, args.gic, total)?;
             }
-            end_to_end(WITH_GIC.1, Gic::V2, total)?;
+            end_to_end(GUEST_OF_THE_GIC, Gic::V2, total)?;
         } else {
-            for group in MACHINES.iter().chain([&WITH_GIC.1]) {
+            for group in MACHINES.iter().chain([&GUEST_OF_THE_GIC]) {
                 eprintln!("    {group} skipped: `make test-arm64` builds the kernel they are for");
                 total.skipped += 1;
             }
@@ -105,18 +107,18 @@ fn in_lab(args: &Args, total: &mut Total) -> Result<()> {
 }
 
 fn end_to_end(filter: &str, gic: Gic, total: &mut Total) -> Result<()> {
-    let report = step(&format!("arm64: {filter} in {}", place(gic)), || {
+    let report = step(&format!("{}: {filter} in the lab", name(gic)), || {
         e2e::in_lab(ARCH, gic, filter)
     })?;
-    total.add(report.total, Some("arm64"));
+    total.add(report.total, Some(name(gic)));
     Ok(())
 }
 
-/// Where they run, in words.
-fn place(gic: Gic) -> &'static str {
+/// What the place where they run is called.
+fn name(gic: Gic) -> &'static str {
     match gic {
-        Gic::V2 => "the lab with a GICv2",
-        Gic::V3 => "the lab",
+        Gic::V2 => "arm64, GICv2",
+        Gic::V3 => "arm64",
     }
 }
 
@@ -126,7 +128,7 @@ fn units(args: &Args, total: &mut Total) -> Result<()> {
     let units = Units { folder, guest };
     units.count(args.gic, args.filter.as_deref(), total)?;
     if args.package.is_none() {
-        units.count(Gic::V2, Some(WITH_GIC.0), total)?;
+        units.count(Gic::V2, Some(OF_THE_GIC), total)?;
     }
     Ok(())
 }
@@ -147,7 +149,7 @@ impl Units {
             self.run(gic, &[&name, "--exact"], &mut counted)?;
         }
         counted.settle();
-        total.add(counted, (gic == Gic::V2).then_some("GICv2"));
+        total.add(counted, Some(name(gic)));
         Ok(())
     }
 
@@ -174,7 +176,7 @@ impl Units {
             ..Run::default()
         };
         let mut tee = Tee::default();
-        let name = format!("arm64: tests in {}", place(gic));
+        let name = format!("{}: tests in the lab", name(gic));
         let status = step(&name, || lab::run_bare(run, &mut tee))?;
         tee.add_to(counted, &name, status == 0);
         Ok(())

@@ -109,7 +109,7 @@ fn one_after_the_other(world: &World) -> Result<()> {
             last = Footprint::take(world, shim, vmm)?;
             Ok(last.containerd_files <= first.containerd_files)
         });
-        println!("{runs} runs: {first:?} became {last:?}");
+        eprintln!("{runs} runs: {first:?} became {last:?}");
         equal(last.shim_files, first.shim_files).context("files of the shim")?;
         equal(last.vmm_files, first.vmm_files).context("files of the VMM")?;
         ensure!(closed.is_ok(), "files of containerd: {first:?}, {last:?}");
