@@ -195,9 +195,10 @@ fn other_files_are_told_from_snapshots() {
     let mut next = b"\x89SMVM\r\n\x1a".to_vec();
     next.extend((VERSION + 1).to_le_bytes());
     let error = refused(&next);
+    let (found, expected) = (VERSION + 1, VERSION);
     assert_eq!(
         error.to_string(),
-        "Snapshot has format version 3, expected 2"
+        format!("Snapshot has format version {found}, expected {expected}")
     );
     let (reader, _writer) = std::io::pipe().unwrap();
     let pipe = File::from(std::os::fd::OwnedFd::from(reader));
