@@ -78,6 +78,14 @@ pub(crate) struct Held {
     pub(crate) output: Vec<OwnedFd>,
 }
 
+impl Held {
+    /// Whether something is in a fifo that its client has not read.
+    pub(crate) fn has_unread(&self) -> bool {
+        let unread = |fifo: &OwnedFd| rustix::io::ioctl_fionread(fifo).unwrap_or(0) > 0;
+        self.output.iter().any(unread)
+    }
+}
+
 /// Opens what `stdio` names.
 pub(crate) fn open(stdio: &request::Stdio) -> Result<Streams, Error> {
     let mut streams = Streams::default();
@@ -199,6 +207,20 @@ mod tests {
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
         assert_eq!(text, "early");
+    }
+
+    #[test]
+    fn what_a_client_has_not_read_is_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = fifo(directory.path(), "out");
+        let streams = open(&stdio("", &path, "")).unwrap();
+        assert!(!streams.held.has_unread());
+        let mut out = File::from(streams.stdout.unwrap());
+        out.write_all(b"x").unwrap();
+        assert!(streams.held.has_unread());
+        let mut client = File::open(&path).unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        assert!(!streams.held.has_unread());
     }
 
     #[test]

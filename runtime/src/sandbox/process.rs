@@ -35,6 +35,13 @@ enum Stage {
     Deleting,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    ToBegin,
+    Underway,
+    Over,
+}
+
 /// One process: a container's init or an exec'd one.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -45,6 +52,8 @@ pub(super) struct Process {
     reported: Option<Exit>,
     /// Ports whose output has not all been delivered yet.
     draining: BTreeSet<u32>,
+    /// Whether clients have read the output that was delivered to them.
+    reading: Reading,
     /// What it wrote is on its way to its snapshot.
     saving: bool,
     exit: watch::Sender<Option<Exit>>,
@@ -67,6 +76,7 @@ impl Process {
             stage,
             reported: None,
             draining: BTreeSet::new(),
+            reading: Reading::ToBegin,
             saving: false,
             exit: watch::Sender::new(None),
         }
@@ -157,6 +167,22 @@ impl Process {
     /// Nobody reads what is left of its output: stop waiting for that.
     pub(super) fn give_up_output(&mut self) {
         self.draining.clear();
+        self.reading = Reading::Over;
+    }
+
+    /// It has ended and its output is delivered, but not known to be read: from here until `read`
+    /// its exit waits for that. True once.
+    pub(super) fn begins_reading(&mut self) -> bool {
+        let begins = self.reading == Reading::ToBegin && self.is_settled();
+        if begins {
+            self.reading = Reading::Underway;
+        }
+        begins
+    }
+
+    /// Its output is read, or had its time.
+    pub(super) fn read(&mut self) {
+        self.reading = Reading::Over;
     }
 
     /// The machine is gone: an end nobody reported becomes `exit`, output still under way is lost.
@@ -172,13 +198,18 @@ impl Process {
 
     /// Makes the exit public when everything that must come before it has: answers it exactly once.
     pub(super) fn settle(&mut self) -> Option<Exit> {
-        let ready = matches!(self.stage, Stage::Created | Stage::Running)
-            && self.draining.is_empty()
-            && !self.saving;
+        let ready = self.is_settled() && self.reading != Reading::Underway;
         match self.reported {
             Some(exit) if ready => Some(self.stop(exit)),
             _ => None,
         }
+    }
+
+    fn is_settled(&self) -> bool {
+        matches!(self.stage, Stage::Created | Stage::Running)
+            && self.reported.is_some()
+            && self.draining.is_empty()
+            && !self.saving
     }
 
     fn stop(&mut self, exit: Exit) -> Exit {

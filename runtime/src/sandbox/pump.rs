@@ -1,7 +1,7 @@
 //! What machine and agent report becomes state and events.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use supermachine_protocol as protocol;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -178,6 +178,35 @@ impl Inner {
         });
     }
 
+    /// Lets clients read what is in their fifos before they hear of the exit: containerd's closes
+    /// them as soon as it has, and what it has not read by then is lost (`cancel` of
+    /// containerd's pkg/cio/io_unix.go). Nothing tells that a fifo is empty, so it is asked.
+    fn bound_reading(self: &Arc<Self>, id: String, exec_id: String) {
+        /// How long they may take. Where nobody reads, an exit is told so much later.
+        const LIMIT: Duration = Duration::from_secs(1);
+        const FIRST: Duration = Duration::from_millis(1);
+        const LONGEST: Duration = Duration::from_millis(20);
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            let until = Instant::now() + inner.timeouts.drain.min(LIMIT);
+            let mut pause = FIRST;
+            while Instant::now() < until {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST);
+                let unread =
+                    inner.with_process(&id, &exec_id, |entry, _| Ok(entry.held.has_unread()));
+                if !unread.unwrap_or(false) {
+                    break;
+                }
+            }
+            let _ = inner.with_process(&id, &exec_id, |entry, _| {
+                entry.process.read();
+                Ok(())
+            });
+            inner.settle(&id, &exec_id);
+        });
+    }
+
     fn port_opened(&self, port: u32) {
         if let Slot::Taken(container) = &mut *self.slot() {
             container.ports.guest_opened(port);
@@ -235,6 +264,9 @@ impl Inner {
             let Some(entry) = container.processes.get_mut(exec_id) else {
                 return Ok(());
             };
+            if entry.held.has_unread() && entry.process.begins_reading() {
+                self.bound_reading(id.to_owned(), exec_id.to_owned());
+            }
             if let Some(exit) = entry.process.settle() {
                 self.tell_exit(container, exec_id, pid, exit);
             }

@@ -122,6 +122,43 @@ async fn output_nobody_takes_delays_an_exit_only_so_long() {
     assert_eq!(f.wait("").await.status, 5);
 }
 
+/// A client closes its fifo as soon as it hears of the exit, read or not.
+#[tokio::test]
+async fn an_exit_is_told_when_the_output_is_read() {
+    let mut f = Fixture::with_drain(Duration::from_secs(60));
+    let path = f.fifo("out");
+    let stdio = Stdio::new("", path.to_str().unwrap(), "", false).unwrap();
+    f.sandbox.create(f.request("c1", stdio)).await.unwrap();
+    f.sandbox.start("c1", "").await.unwrap();
+    std::fs::write(&path, "last words").unwrap();
+    f.guest.close_port(1);
+    f.guest.exit("", 0);
+    f.guest.oom();
+    let mut told = Vec::new();
+    while !told.contains(&"oom".to_owned()) {
+        told.extend(f.told());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(told, ["created 4711", "started", "oom"]);
+    assert_eq!(f.sandbox.state("c1", "").unwrap().status, Status::Running);
+    f.read(&path);
+    f.wait("").await;
+    assert_eq!(f.told(), ["exited 0"]);
+}
+
+#[tokio::test]
+async fn output_nobody_reads_delays_an_exit_only_so_long() {
+    let f = Fixture::new();
+    let path = f.fifo("out");
+    let stdio = Stdio::new("", path.to_str().unwrap(), "", false).unwrap();
+    f.sandbox.create(f.request("c1", stdio)).await.unwrap();
+    f.sandbox.start("c1", "").await.unwrap();
+    std::fs::write(&path, "last words").unwrap();
+    f.guest.close_port(1);
+    f.guest.exit("", 5);
+    assert_eq!(f.wait("").await.status, 5);
+}
+
 #[tokio::test]
 async fn execs_live_and_die_in_order() {
     let mut f = Fixture::new();

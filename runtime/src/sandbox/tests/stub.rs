@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -485,6 +485,14 @@ impl Fixture {
     }
 
     pub(super) fn with_ports(last: u32) -> Self {
+        Self::with(last, SHORT)
+    }
+
+    pub(super) fn with_drain(drain: Duration) -> Self {
+        Self::with(16, drain)
+    }
+
+    fn with(last_port: u32, drain: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let guest = Guest {
             state: Arc::default(),
@@ -498,9 +506,9 @@ impl Fixture {
                 boot: SHORT,
                 call: SHORT,
                 stop: SHORT,
-                drain: SHORT,
+                drain,
             },
-            stdio_ports: (protocol::FIRST_STDIO_PORT, last),
+            stdio_ports: (protocol::FIRST_STDIO_PORT, last_port),
             events: sender,
             slot: Mutex::new(Slot::Empty),
             creating: watch::Sender::default(),
@@ -521,6 +529,22 @@ impl Fixture {
     pub(super) fn stdio(&self) -> Stdio {
         let out = format!("file://{}", self.directory.path().join("out").display());
         Stdio::new("", &out, &out, false).unwrap()
+    }
+
+    pub(super) fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.directory.path().join(name);
+        let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+        nix::unistd::mkfifo(&path, mode).unwrap();
+        path
+    }
+
+    /// Reads what is in a fifo, as a client does.
+    pub(super) fn read(&self, fifo: &Path) {
+        let mut options = std::fs::OpenOptions::new();
+        // Its writers may have gone already.
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, nix::libc::O_NONBLOCK);
+        let mut client = options.read(true).open(fifo).unwrap();
+        std::io::Read::read_to_end(&mut client, &mut Vec::new()).unwrap();
     }
 
     pub(super) fn request(&self, id: &str, stdio: Stdio) -> request::Create {
