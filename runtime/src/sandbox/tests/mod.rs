@@ -126,12 +126,7 @@ async fn output_nobody_takes_delays_an_exit_only_so_long() {
 #[tokio::test]
 async fn an_exit_is_told_when_the_output_is_read() {
     let mut f = Fixture::with_drain(Duration::from_secs(60));
-    let path = f.fifo("out");
-    let stdio = Stdio::new("", path.to_str().unwrap(), "", false).unwrap();
-    f.sandbox.create(f.request("c1", stdio)).await.unwrap();
-    f.sandbox.start("c1", "").await.unwrap();
-    std::fs::write(&path, "last words").unwrap();
-    f.guest.close_port(1);
+    let fifo = f.last_words().await;
     f.guest.exit("", 0);
     f.guest.oom();
     let mut told = Vec::new();
@@ -141,7 +136,7 @@ async fn an_exit_is_told_when_the_output_is_read() {
     }
     assert_eq!(told, ["created 4711", "started", "oom"]);
     assert_eq!(f.sandbox.state("c1", "").unwrap().status, Status::Running);
-    f.read(&path);
+    f.read(&fifo);
     f.wait("").await;
     assert_eq!(f.told(), ["exited 0"]);
 }
@@ -149,12 +144,7 @@ async fn an_exit_is_told_when_the_output_is_read() {
 #[tokio::test]
 async fn output_nobody_reads_delays_an_exit_only_so_long() {
     let f = Fixture::new();
-    let path = f.fifo("out");
-    let stdio = Stdio::new("", path.to_str().unwrap(), "", false).unwrap();
-    f.sandbox.create(f.request("c1", stdio)).await.unwrap();
-    f.sandbox.start("c1", "").await.unwrap();
-    std::fs::write(&path, "last words").unwrap();
-    f.guest.close_port(1);
+    f.last_words().await;
     f.guest.exit("", 5);
     assert_eq!(f.wait("").await.status, 5);
 }

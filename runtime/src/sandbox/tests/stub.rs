@@ -531,10 +531,19 @@ impl Fixture {
         Stdio::new("", &out, &out, false).unwrap()
     }
 
-    pub(super) fn fifo(&self, name: &str) -> PathBuf {
-        let path = self.directory.path().join(name);
+    /// Runs a container until its last output is in the fifo that is answered.
+    pub(super) async fn last_words(&self) -> PathBuf {
+        let path = self.directory.path().join("fifo");
         let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
         nix::unistd::mkfifo(&path, mode).unwrap();
+        let stdio = Stdio::new("", path.to_str().unwrap(), "", false).unwrap();
+        self.sandbox
+            .create(self.request("c1", stdio))
+            .await
+            .unwrap();
+        self.sandbox.start("c1", "").await.unwrap();
+        std::fs::write(&path, "last words").unwrap();
+        self.guest.close_port(1);
         path
     }
 

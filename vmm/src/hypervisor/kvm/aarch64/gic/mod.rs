@@ -236,6 +236,15 @@ impl Bank {
     }
 }
 
+/// Each word of these banks with interrupts from `first` to before `end`.
+fn words<'a>(
+    banks: impl Iterator<Item = &'a Bank>,
+    first: u32,
+    end: u32,
+) -> impl Iterator<Item = Word> {
+    banks.flat_map(move |bank| bank.words(first, end))
+}
+
 /// First shared interrupt of each word of levels.
 fn shared() -> impl Iterator<Item = u32> {
     (layout::SPI_BASE..INTERRUPTS).step_by(32)

@@ -7,7 +7,7 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Bank, Controller, INTERRUPTS, SET, Word, invalid, write};
+use super::{Bank, Controller, INTERRUPTS, SET, Word, invalid, words, write};
 use crate::arch::aarch64::layout;
 use crate::hypervisor::HypervisorError;
 
@@ -106,17 +106,13 @@ fn vcpus(gic: &Controller) -> impl Iterator<Item = u64> + use<> {
 
 /// Each word of the distributor that all vCPUs share.
 fn distributor() -> impl Iterator<Item = Word> {
-    let banks = BANKS.iter().chain([&TARGETS]);
-    let words = banks.flat_map(|bank| bank.words(layout::SPI_BASE, INTERRUPTS));
+    let words = words(BANKS.iter().chain([&TARGETS]), layout::SPI_BASE, INTERRUPTS);
     GICD.map(Word::plain).into_iter().chain(words)
 }
 
 /// Each word of it that a vCPU has for itself.
 fn private() -> impl Iterator<Item = Word> {
-    let words = BANKS
-        .iter()
-        .flat_map(|bank| bank.words(0, layout::SPI_BASE));
-    words.chain(SENDERS.words(0, SGIS))
+    words(BANKS.iter(), 0, layout::SPI_BASE).chain(SENDERS.words(0, SGIS))
 }
 
 fn interface() -> impl Iterator<Item = Word> {

@@ -7,7 +7,7 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Bank, Controller, INTERRUPTS, SET, Word, invalid, shared, write};
+use super::{Bank, Controller, INTERRUPTS, SET, Word, invalid, shared, words, write};
 use crate::arch::aarch64::layout;
 use crate::hypervisor::HypervisorError;
 
@@ -146,20 +146,16 @@ fn affinities(gic: &Controller) -> impl Iterator<Item = u64> + use<> {
 /// Each word of the distributor. Banks start with the shared interrupts: the private ones are the
 /// redistributors'.
 fn distributor() -> impl Iterator<Item = Word> {
-    let banks = BANKS.iter().chain([&ROUTES]);
-    let words = banks.flat_map(|bank| bank.words(layout::SPI_BASE, INTERRUPTS));
+    let words = words(BANKS.iter().chain([&ROUTES]), layout::SPI_BASE, INTERRUPTS);
     GICD.map(Word::plain).into_iter().chain(words)
 }
 
 /// The same for a redistributor. There is no ITS, hence nothing of its tables.
 fn redistributor() -> impl Iterator<Item = Word> {
-    let words = BANKS
-        .iter()
-        .flat_map(|bank| bank.words(0, layout::SPI_BASE))
-        .map(|word| Word {
-            offset: SGI_FRAME + word.offset,
-            clear: word.clear.map(|offset| SGI_FRAME + offset),
-        });
+    let words = words(BANKS.iter(), 0, layout::SPI_BASE).map(|word| Word {
+        offset: SGI_FRAME + word.offset,
+        clear: word.clear.map(|offset| SGI_FRAME + offset),
+    });
     GICR.map(Word::plain).into_iter().chain(words)
 }
 
