@@ -1,8 +1,9 @@
 //! Filters as programs of the kernel's: classic BPF over `struct seccomp_data` (seccomp(2)).
 //!
-//! Each time a thread installs a program, the kernel translates it and tries it with the number of
-//! every system call there is. A VM's start waits for that, so a program is short, and finds a
-//! number by halving; and where the process has a program, a thread's says only what differs.
+//! Each time a thread installs a program, the kernel translates it, and tries it with the number of
+//! every system call that has been allowed so far. A VM's start waits for that, so a program is short:
+//! it looks for the run of numbers that a call is in by halving, and where the process has a program, a
+//! thread's says only what differs.
 
 use std::collections::BTreeMap;
 
@@ -36,144 +37,200 @@ const NATIVE: u32 = libc::EM_X86_64 as u32 | 0xc000_0000;
 #[cfg(target_arch = "aarch64")]
 const NATIVE: u32 = libc::EM_AARCH64 as u32 | 0xc000_0000;
 
-/// Where halving ends. Distances among as many fit a jump.
-const FEW: usize = 8;
+/// So many runs are told one by one, not halved: where every other one is a single number, that takes
+/// no more steps and fewer statements.
+const FEW: usize = 7;
 
 /// The program that answers with `otherwise` for calls that `verdicts` doesn't have or allow. A
 /// call of another architecture ends the process.
 pub(super) fn compile(verdicts: &Verdicts, otherwise: u32) -> Vec<sock_filter> {
-    let mut program = vec![load(ARCH), test(libc::BPF_JEQ, NATIVE, 1, 0)];
-    program.push(answer(libc::SECCOMP_RET_KILL_PROCESS));
-    program.extend(tell(verdicts, otherwise, otherwise));
-    program
+    let mut runs = Runs::default();
+    let mut next = 0;
+    for (number, verdict) in verdicts {
+        if *number != next {
+            runs.add(next, &Verdict::Forbid);
+        }
+        runs.add(*number, verdict);
+        next = number.saturating_add(1);
+    }
+    runs.add(next, &Verdict::Forbid);
+    let mut program = Program::default();
+    program.tell(&runs, otherwise);
+    let native = program.next();
+    let foreign = program.answer(libc::SECCOMP_RET_KILL_PROCESS);
+    program.test(libc::BPF_JEQ, NATIVE, native, foreign);
+    program.load(ARCH);
+    program.finish()
 }
 
 /// The program that, where one of `all` is in force, leaves of it what `verdicts` has: of two answers
-/// the kernel takes the stricter. It allows what it does not name, as the other knows what becomes
-/// of that.
+/// the kernel takes the stricter. So it allows what is not to change, and may say anything of a
+/// number that `all` doesn't have.
 pub(super) fn narrow(all: &Verdicts, verdicts: &Verdicts, otherwise: u32) -> Vec<sock_filter> {
-    let fewer = all.iter().filter_map(|(number, all)| {
+    let mut runs = Runs::default();
+    for (number, all) in all {
         let left = verdicts.get(number).unwrap_or(&Verdict::Forbid);
-        (left != all).then(|| (*number, left.clone()))
-    });
-    tell(&fewer.collect(), libc::SECCOMP_RET_ALLOW, otherwise)
-}
-
-/// What is forbidden gets the answer `otherwise`, what `verdicts` doesn't have `unknown`.
-fn tell(verdicts: &Verdicts, unknown: u32, otherwise: u32) -> Vec<sock_filter> {
-    let calls: Vec<(u32, &Verdict)> = verdicts
-        .iter()
-        .map(|(number, verdict)| (*number, verdict))
-        .collect();
-    let mut program = vec![load(NUMBER)];
-    program.extend(search(&calls, unknown, otherwise));
-    program
-}
-
-/// Every way through it ends with an answer.
-fn search(calls: &[(u32, &Verdict)], unknown: u32, otherwise: u32) -> Vec<sock_filter> {
-    if calls.len() <= FEW {
-        return among_few(calls, unknown, otherwise);
+        runs.add(*number, if left == all { &Verdict::Allow } else { left });
     }
-    let (lower, upper) = calls.split_at(calls.len() / 2);
-    let upper_half = search(upper, unknown, otherwise);
-    let mut program = when(libc::BPF_JGE, upper[0].0, upper_half);
-    program.extend(search(lower, unknown, otherwise));
-    program
+    let mut program = Program::default();
+    program.tell(&runs, otherwise);
+    program.finish()
 }
 
-fn among_few(calls: &[(u32, &Verdict)], unknown: u32, otherwise: u32) -> Vec<sock_filter> {
-    let mut program = Vec::new();
-    let mut plain = BTreeMap::<u32, Vec<u32>>::new();
-    for (number, verdict) in calls {
-        let body = match verdict {
-            Verdict::Allow => {
-                plain
-                    .entry(libc::SECCOMP_RET_ALLOW)
-                    .or_default()
-                    .push(*number);
-                continue;
-            }
-            Verdict::Forbid => {
-                plain.entry(otherwise).or_default().push(*number);
-                continue;
-            }
-            Verdict::Fail(errno) => {
-                vec![answer(libc::SECCOMP_RET_ERRNO | u32::from(*errno))]
-            }
-            Verdict::AllowIf(conditions) => either(conditions, otherwise),
-        };
-        program.extend(when(libc::BPF_JEQ, *number, body));
-    }
-    // What gets the answer of the unknown needs no word.
-    plain.remove(&unknown);
-    for (shared, numbers) in plain {
-        // They share an answer, which the last one goes around.
-        for (number, rest) in numbers.iter().zip((0..numbers.len() as u8).rev()) {
-            program.push(test(libc::BPF_JEQ, *number, rest, u8::from(rest == 0)));
+/// Numbers that one after the other have the same verdict: the first of each run, in order. A run
+/// ends where the next one begins; numbers below the first belong to it.
+#[derive(Debug, Default)]
+struct Runs<'a>(Vec<(u32, &'a Verdict)>);
+
+impl<'a> Runs<'a> {
+    fn add(&mut self, first: u32, verdict: &'a Verdict) {
+        if self.0.last().is_none_or(|(_, last)| *last != verdict) {
+            self.0.push((first, verdict));
         }
-        program.push(answer(shared));
     }
-    program.push(answer(unknown));
-    program
 }
 
-/// Allows if one of the conditions holds.
-fn either(conditions: &[When], otherwise: u32) -> Vec<sock_filter> {
-    let mut program = Vec::new();
-    let mut loaded = None;
-    for condition in conditions {
-        let (place, mask, value) = match *condition {
-            When::Is(place, value) => (place, u32::MAX, value),
-            When::Masked(place, mask, value) => (place, mask, value),
-        };
-        if loaded.replace((place, mask)) != Some((place, mask)) {
-            program.push(load(ARGUMENTS + 8 * u32::from(place)));
-            if mask != u32::MAX {
-                program.push(statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask));
+/// A program from its end to its beginning, as jumps go forward only and so know where they go.
+#[derive(Debug, Default)]
+struct Program {
+    reversed: Vec<sock_filter>,
+    /// Where the answers are that were last given.
+    answers: BTreeMap<u32, Place>,
+}
+
+/// A statement of a program, counted from its end.
+type Place = usize;
+
+/// How far a test is sure to reach, two more statements before it notwithstanding.
+const NEAR: usize = u8::MAX as usize - 2;
+
+impl Program {
+    fn finish(mut self) -> Vec<sock_filter> {
+        self.reversed.reverse();
+        self.reversed
+    }
+
+    /// The statement that was last added, which is the next one of the program.
+    fn next(&self) -> Place {
+        self.reversed.len().saturating_sub(1)
+    }
+
+    /// Loads the number, and gives each its verdict.
+    fn tell(&mut self, runs: &Runs<'_>, otherwise: u32) {
+        let first = self.branch(&runs.0, otherwise);
+        self.go_on_at(first);
+        self.load(NUMBER);
+    }
+
+    fn branch(&mut self, runs: &[(u32, &Verdict)], otherwise: u32) -> Place {
+        match runs {
+            // Nothing is forbidden.
+            [] => self.answer(libc::SECCOMP_RET_ALLOW),
+            [(_, verdict)] => self.verdict(verdict, otherwise),
+            [(_, around), (number, alone), rest @ ..]
+                if runs.len() <= FEW
+                    && rest.first() == Some(&(number.saturating_add(1), *around)) =>
+            {
+                let no = self.branch(rest, otherwise);
+                let yes = self.verdict(alone, otherwise);
+                self.test(libc::BPF_JEQ, *number, yes, no)
+            }
+            _ => {
+                let (lower, upper) = runs.split_at(runs.len() / 2);
+                let no = self.branch(lower, otherwise);
+                let yes = self.branch(upper, otherwise);
+                let first = upper.first().map_or(0, |(first, _)| *first);
+                self.test(libc::BPF_JGE, first, yes, no)
             }
         }
-        let allow = vec![answer(libc::SECCOMP_RET_ALLOW)];
-        program.extend(when(libc::BPF_JEQ, value, allow));
     }
-    program.push(answer(otherwise));
-    program
+
+    fn verdict(&mut self, verdict: &Verdict, otherwise: u32) -> Place {
+        match verdict {
+            Verdict::Allow => self.answer(libc::SECCOMP_RET_ALLOW),
+            Verdict::Forbid => self.answer(otherwise),
+            Verdict::Fail(errno) => self.answer(libc::SECCOMP_RET_ERRNO | u32::from(*errno)),
+            Verdict::AllowIf(conditions) => self.either(conditions, otherwise),
+        }
+    }
+
+    /// Allows if one of the conditions holds.
+    fn either(&mut self, conditions: &[When], otherwise: u32) -> Place {
+        let mut no = self.answer(otherwise);
+        // Conditions on the same bits share their loading.
+        for alike in conditions.chunk_by(|a, b| bits(a) == bits(b)).rev() {
+            for condition in alike.iter().rev() {
+                let (When::Is(_, value) | When::Masked(_, _, value)) = *condition;
+                let yes = self.answer(libc::SECCOMP_RET_ALLOW);
+                no = self.test(libc::BPF_JEQ, value, yes, no);
+            }
+            self.go_on_at(no);
+            if let Some((place, mask)) = alike.first().map(bits) {
+                if mask != u32::MAX {
+                    self.add(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask, 0, 0);
+                }
+                no = self.load(ARGUMENTS + 8 * u32::from(place));
+            }
+        }
+        no
+    }
+
+    /// An answer in reach: one there is, or another.
+    fn answer(&mut self, action: u32) -> Place {
+        match self.answers.get(&action) {
+            Some(place) if self.reversed.len() - place < NEAR => *place,
+            _ => {
+                let place = self.add(libc::BPF_RET | libc::BPF_K, action, 0, 0);
+                self.answers.insert(action, place);
+                place
+            }
+        }
+    }
+
+    /// Goes on at `yes` if the comparison holds, else at `no`.
+    fn test(&mut self, comparison: u32, k: u32, yes: Place, no: Place) -> Place {
+        let [yes, no] = [yes, no].map(|place| self.in_reach(place));
+        let [yes, no] = [yes, no].map(|place| (self.reversed.len() - place - 1) as u8);
+        self.add(libc::BPF_JMP | comparison | libc::BPF_K, k, yes, no)
+    }
+
+    /// This place, or a jump there.
+    fn in_reach(&mut self, place: Place) -> Place {
+        if self.reversed.len() - place < NEAR {
+            return place;
+        }
+        self.jump(place)
+    }
+
+    fn go_on_at(&mut self, place: Place) {
+        if place != self.next() {
+            self.jump(place);
+        }
+    }
+
+    fn jump(&mut self, place: Place) -> Place {
+        let distance = self.reversed.len() - place - 1;
+        self.add(libc::BPF_JMP | libc::BPF_JA, distance as u32, 0, 0)
+    }
+
+    fn load(&mut self, offset: u32) -> Place {
+        self.add(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0)
+    }
+
+    fn add(&mut self, code: u32, k: u32, jt: u8, jf: u8) -> Place {
+        // linux/bpf_common.h has no code above 0xff.
+        let code = code as u16;
+        self.reversed.push(sock_filter { code, jt, jf, k });
+        self.next()
+    }
 }
 
-/// Goes through `body` if the test holds, and around it if not.
-fn when(comparison: u32, value: u32, body: Vec<sock_filter>) -> Vec<sock_filter> {
-    let mut program = match u8::try_from(body.len()) {
-        Ok(length) => vec![test(comparison, value, 0, length)],
-        Err(_) => vec![
-            test(comparison, value, 1, 0),
-            statement(libc::BPF_JMP | libc::BPF_JA, body.len() as u32),
-        ],
-    };
-    program.extend(body);
-    program
-}
-
-fn load(offset: u32) -> sock_filter {
-    statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
-}
-
-fn answer(action: u32) -> sock_filter {
-    statement(libc::BPF_RET | libc::BPF_K, action)
-}
-
-fn statement(code: u32, k: u32) -> sock_filter {
-    instruction(code, k, 0, 0)
-}
-
-/// Skips `yes` instructions if the comparison holds, else `no`.
-fn test(comparison: u32, k: u32, yes: u8, no: u8) -> sock_filter {
-    instruction(libc::BPF_JMP | comparison | libc::BPF_K, k, yes, no)
-}
-
-fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    // linux/bpf_common.h has no code above 0xff.
-    let code = code as u16;
-    sock_filter { code, jt, jf, k }
+/// The argument a condition looks at, and what of it.
+fn bits(condition: &When) -> (u8, u32) {
+    match *condition {
+        When::Is(place, _) => (place, u32::MAX),
+        When::Masked(place, mask, _) => (place, mask),
+    }
 }
 
 #[cfg(test)]

@@ -11,9 +11,12 @@
 )]
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use seccompiler::sock_filter;
 
 use super::filter::{EXIT_STATUS, Filter, REPORT, Seccomp, What};
 use super::program::{self, Verdict, Verdicts};
@@ -24,6 +27,13 @@ static MODE: AtomicU8 = AtomicU8::new(Seccomp::Off as u8);
 
 /// What the filter of this process says, once it is in force.
 static PROCESS: OnceLock<Verdicts> = OnceLock::new();
+
+/// The programs of the kinds of threads that there have been.
+static NARROWED: Mutex<BTreeMap<&str, Arc<[sock_filter]>>> = Mutex::new(BTreeMap::new());
+
+fn apply(program: &[sock_filter]) -> io::Result<()> {
+    seccompiler::apply_filter(program).map_err(io::Error::other)
+}
 
 impl Filter {
     /// Filters this thread's calls, and those of threads it starts, from here on. Does nothing in a
@@ -38,14 +48,19 @@ impl Filter {
             Seccomp::Log => libc::SECCOMP_RET_LOG,
         };
         KIND.set(self.name);
-        let verdicts = self.verdicts();
-        let program = match PROCESS.get() {
-            Some(all) => program::narrow(all, &verdicts, otherwise),
-            None => program::compile(&verdicts, otherwise),
+        let Some(all) = PROCESS.get() else {
+            let verdicts = self.verdicts();
+            apply(&program::compile(&verdicts, otherwise))?;
+            PROCESS.get_or_init(|| verdicts);
+            return Ok(());
         };
-        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
-        PROCESS.get_or_init(|| verdicts);
-        Ok(())
+        let mut narrowed = NARROWED.lock().unwrap_or_else(PoisonError::into_inner);
+        let program = narrowed
+            .entry(self.name)
+            .or_insert_with(|| program::narrow(all, &self.verdicts(), otherwise).into());
+        let program = Arc::clone(program);
+        drop(narrowed);
+        apply(&program)
     }
 
     fn verdicts(&self) -> Verdicts {
