@@ -132,6 +132,17 @@ impl Virtqueue {
         popped
     }
 
+    /// Takes the next chain, or has the driver notify of it.
+    ///
+    /// # Errors
+    /// As [`Virtqueue::pop`], and the ring can't be accessed.
+    pub fn pop_or_notify(&mut self) -> Result<Option<Chain>, RingFault> {
+        match self.pop()? {
+            None if self.enable_notification()? => self.pop(),
+            popped => Ok(popped),
+        }
+    }
+
     fn pop_checked(&mut self) -> Result<Option<Chain>, RingFault> {
         let queue = self.index;
         let size = self.ring.size();

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::net::{RecvFlags, recv};
 use vm_memory::VolatileSlice;
 
 use crate::devices::virtio::queue::Reader;
@@ -56,14 +57,18 @@ impl Stream {
         })
     }
 
-    /// Reads the greeting, byte by byte, for what follows it is the guest's.
+    /// Reads the greeting and no more, for what follows it is the guest's.
     pub(super) fn greet(&mut self) -> Greeting {
+        let mut bytes = [0; MAX_GREETING];
         while self.greeting.len() < MAX_GREETING {
-            let mut byte = [0];
-            match self.socket.read(&mut byte) {
-                Ok(0) => return Greeting::Bad,
-                Ok(_) if byte == *b"\n" => return parse_greeting(&self.greeting),
-                Ok(_) => self.greeting.extend(byte),
+            let room = MAX_GREETING - self.greeting.len();
+            match self.take_line(&mut bytes[..room]) {
+                Ok([]) => return Greeting::Bad,
+                Ok([line @ .., b'\n']) => {
+                    self.greeting.extend(line);
+                    return parse_greeting(&self.greeting);
+                }
+                Ok(part) => self.greeting.extend(part),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Greeting::Unfinished;
@@ -72,6 +77,16 @@ impl Stream {
             }
         }
         Greeting::Bad
+    }
+
+    /// What is there of a line and fits; nothing at the end.
+    fn take_line<'a>(&mut self, bytes: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let seen = recv(&self.socket, &mut *bytes, RecvFlags::PEEK)?.0;
+        let end = bytes[..seen].iter().position(|byte| *byte == b'\n');
+        let line = &mut bytes[..end.map_or(seen, |end| end + 1)];
+        // Nobody else reads from it.
+        self.socket.read_exact(line)?;
+        Ok(line)
     }
 
     /// Answers the greeting.

@@ -8,7 +8,7 @@ use super::metrics::Metrics;
 use super::muxer::{Filled, LISTENER, Muxer};
 use super::wire::{HEADER_LEN, Header};
 use super::{EVENT, RECEIVE, TRANSMIT, TRANSPORT_RESET};
-use crate::devices::virtio::queue::RingFault;
+use crate::devices::virtio::queue::{RingFault, Virtqueue};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, Faults, Interrupt, Positions,
 };
@@ -24,8 +24,8 @@ enum Moved {
     Settled,
     /// It has to hear that its connections are gone.
     Due,
-    /// It has been told.
-    Told,
+    /// It has been told, and has so many more buffers there.
+    Told { left: usize },
 }
 
 #[derive(Debug)]
@@ -74,37 +74,32 @@ impl Worker {
         queues.map(|queue| queue.position(0)).collect()
     }
 
-    /// Tells a driver that goes on from a snapshot, in every buffer it left for that. It supplies
-    /// them again once it has closed its connections: only then are new ones taken in, or it would
+    /// Tells a driver that goes on from a snapshot, in one of the buffers it left for that. It supplies
+    /// it again once it has closed its connections: only then are new ones taken in, or it would
     /// close these too.
     fn announce(&mut self, control: &mut Control<'_>) -> Result<(), RingFault> {
-        let Some(event) = &mut self.event else {
+        let supplied = match (self.moved, &mut self.event) {
+            (Moved::Settled, _) => return Ok(()),
+            (_, None) => true,
+            (Moved::Due, Some(event)) => {
+                let Some(chain) = event.queue.pop_or_notify()? else {
+                    return Ok(());
+                };
+                let left = waiting(&mut event.queue)?;
+                let told = chain.writer().write_all(&TRANSPORT_RESET.to_le_bytes());
+                event
+                    .queue
+                    .complete(chain, if told.is_ok() { 4 } else { 0 })?;
+                self.moved = Moved::Told { left };
+                self.interrupt.used(&mut event.queue)?;
+                waiting(&mut event.queue)? > left
+            }
+            (Moved::Told { left }, Some(event)) => waiting(&mut event.queue)? > left,
+        };
+        if supplied {
             self.moved = Moved::Settled;
             self.muxer.hold(false, control);
-            return Ok(());
-        };
-        while self.moved != Moved::Settled {
-            let Some(chain) = event.queue.pop()? else {
-                if event.queue.enable_notification()? {
-                    continue;
-                }
-                break;
-            };
-            if self.moved == Moved::Told {
-                event.queue.undo_pop(chain);
-                self.moved = Moved::Settled;
-                self.muxer.hold(false, control);
-                break;
-            }
-            let told = chain.writer().write_all(&TRANSPORT_RESET.to_le_bytes());
-            event
-                .queue
-                .complete(chain, if told.is_ok() { 4 } else { 0 })?;
-            if !event.queue.has_pending()? {
-                self.moved = Moved::Told;
-            }
         }
-        self.interrupt.used(&mut event.queue)?;
         Ok(())
     }
 
@@ -247,6 +242,19 @@ impl reactor::Worker for Worker {
             worker.serve(control)
         });
     }
+}
+
+/// How many buffers there are. The driver notifies of the next one.
+fn waiting(queue: &mut Virtqueue) -> Result<usize, RingFault> {
+    let mut chains = Vec::new();
+    while let Some(chain) = queue.pop_or_notify()? {
+        chains.push(chain);
+    }
+    let count = chains.len();
+    for chain in chains.into_iter().rev() {
+        queue.undo_pop(chain);
+    }
+    Ok(count)
 }
 
 /// Has the reactor come back to this queue after others had their turn.

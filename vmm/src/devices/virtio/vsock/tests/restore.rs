@@ -6,8 +6,9 @@ use super::*;
 fn a_driver_that_moved_hears_of_it_before_anybody_connects() {
     let mut linux = Linux::up();
     let (_program, old) = linux.connected();
-    let room = linux.rig.guest.room(4);
+    let (room, other) = (linux.rig.guest.room(4), linux.rig.guest.room(4));
     linux.rig.submit(EVENT, &[room]);
+    linux.rig.submit(EVENT, &[other]);
     linux.rig.device.quiesce().unwrap();
     let (dir, listener) = listener();
     let cid = CID + 1;
@@ -24,6 +25,8 @@ fn a_driver_that_moved_hears_of_it_before_anybody_connects() {
         linux.rig.guest.contents(room),
         TRANSPORT_RESET.to_le_bytes()
     );
+    // Once is enough: it asks for its number each time.
+    assert!(linux.rig.used(EVENT).is_none());
     // It closes its connections first: what it says of them is of another's.
     assert_eq!(linux.next(), None);
     linux.send(linux.header(old, Op::Shutdown), b"");
