@@ -31,6 +31,9 @@ const CET_BRANCH_TRACKING: u32 = 1 << 20;
 /// Leaf 0x8000_0001, ECX: AMD's cache topology leaf, and its extended performance counters.
 const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 const PERFORMANCE_COUNTERS: u32 = 0b11 << 23;
+/// Leaf 0x4000_0001, EAX: pages the host has yet to fetch are told to the guest, which does something
+/// else meanwhile (Linux, virt/kvm/x86/cpuid.rst: KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT).
+const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 /// Level types of leaves 0xb and 0x1f (Intel SDM 3, "Detecting hardware multi-threading").
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -80,6 +83,9 @@ pub(crate) fn for_vcpu(
             // No performance counters: a container has no use for the host's, and probing costs boot
             // time.
             0xa => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+            // Some hosts' KVM then lets no vCPU of AMD's rest, and each restore begins with an interrupt
+            // that wakes nobody.
+            0x4000_0001 => leaf.eax &= !ASYNC_PAGE_FAULTS,
             0x8000_0001 => leaf.ecx &= !PERFORMANCE_COUNTERS,
             0x8000_0008 => leaf.ecx = (core_bits << 12) | (count - 1).min(255),
             // AMD's caches.

@@ -389,6 +389,11 @@ fn each_vcpu_is_a_core_of_its_own() {
             ..Leaf::default()
         },
         Leaf {
+            function: 0x4000_0001,
+            eax: u32::MAX,
+            ..Leaf::default()
+        },
+        Leaf {
             eax: 0x4000_0121,
             ..leaf(4, 0)
         },
@@ -433,6 +438,7 @@ fn each_vcpu_is_a_core_of_its_own() {
         );
         leaf
     };
+    assert_eq!(!find(0x4000_0001, 0).eax, 0x4410);
     let basic = find(1, 0);
     assert_eq!(
         (
