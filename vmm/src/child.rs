@@ -8,10 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use crate::control::{self, ARG0, ARG1, LogLevel, Start};
+use crate::control::{self, ARG0, ARG1, Beginning, LogLevel, Start};
 use crate::devices::virtio::{self, block};
 use crate::hypervisor::{Ahead, Host, Hypervisor, KICK};
-use crate::jail::{self, Filter, Policy, Rule, When, allow, allow_if, calls};
+use crate::jail::{self, Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::ring::Rings;
 use crate::sys::{reactor, threads};
 use crate::vcpu;
@@ -42,8 +42,8 @@ pub fn main() -> Option<ExitCode> {
         .nth(1)
         .and_then(|level| LogLevel::parse(level.to_str()?))
         .unwrap_or(LogLevel::Warn);
-    let policy = args.next();
-    Some(run(level, policy.as_deref()))
+    let beginning = args.next();
+    Some(run(level, beginning.as_deref()))
 }
 
 /// All that a VMM process does from its confinement to its end. Each thread is left a part of it
@@ -89,8 +89,8 @@ const BOOT: &[Rule] = &[
 /// The highest descriptor of a VM with all devices and 63 console ports, about.
 const MOST_FILES: i32 = 511;
 
-/// Rings that are made for disks; those beyond do one request at a time.
-const RINGS: usize = 4;
+/// The most rings that are made for disks; those beyond do one request at a time.
+const MOST_RINGS: usize = 16;
 
 /// The filter of each kind of thread, the first for the time before the VM runs.
 pub fn filters() -> [&'static Filter; 5] {
@@ -103,8 +103,8 @@ pub fn filters() -> [&'static Filter; 5] {
     ]
 }
 
-fn run(level: LogLevel, policy: Option<&OsStr>) -> ExitCode {
-    let confined = confine(policy);
+fn run(level: LogLevel, beginning: Option<&OsStr>) -> ExitCode {
+    let confined = confine(beginning);
     let socket = match control_socket() {
         Ok(socket) => socket,
         // There is nobody to tell.
@@ -117,23 +117,27 @@ fn run(level: LogLevel, policy: Option<&OsStr>) -> ExitCode {
 }
 
 /// What a VMM needs and will not get at once it is confined, is opened before.
-fn confine(policy: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> {
-    let policy = match policy {
-        Some(policy) => serde_json::from_slice(policy.as_bytes())?,
-        None => Policy::default(),
+fn confine(beginning: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error>> {
+    let Beginning {
+        jail: policy,
+        own_network,
+        disks,
+    } = match beginning {
+        Some(text) => serde_json::from_slice(text.as_bytes())?,
+        None => Beginning::default(),
     };
     env::set_current_dir("/")?;
     jail::close_inherited()?;
     make_room_for_files();
     let hypervisor = Host::open();
-    let rings = Rings::make(RINGS);
+    let rings = Rings::make(disks.min(MOST_RINGS));
     let mut hypervisor = hypervisor.map(Ahead::new);
     let begin = || {
         if let Ok(hypervisor) = &mut hypervisor {
             hypervisor.begin();
         }
     };
-    let missing = jail::enter_beside(&policy, &PROCESS, begin)?;
+    let missing = jail::enter_beside(&policy, &PROCESS, own_network, begin)?;
     Ok(Start {
         hypervisor,
         rings,

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use supermachine_protocol as protocol;
 use supermachine_vmm::control::{
     BootSpec, ConsoleSpec, ControlError, DiskSpec, Event as VmEvent, Exit as VmExit, LogLevel,
-    SpawnConfig, VmHandle, VsockSpec,
+    Preparation, SpawnConfig, VmHandle, VsockSpec,
 };
 use supermachine_vmm::devices::virtio::balloon::BalloonConfig;
 use supermachine_vmm::devices::virtio::console::MAX_PORTS;
@@ -61,7 +61,10 @@ impl Sandbox {
         };
         let stdio_ports = (protocol::FIRST_STDIO_PORT, last_port(&config));
         let inner = Inner {
-            launcher: Box::new(VmLauncher { config }),
+            launcher: Box::new(VmLauncher {
+                config,
+                preparation: Mutex::new(Some(Preparation::begin())),
+            }),
             timeouts,
             stdio_ports,
             events,
@@ -110,6 +113,18 @@ fn last_port(config: &Resolved) -> u32 {
 
 struct VmLauncher {
     config: Resolved,
+    /// For the one machine it launches.
+    preparation: Mutex<Option<Preparation>>,
+}
+
+impl VmLauncher {
+    fn take_preparation(&self) -> Option<Preparation> {
+        let mut preparation = self
+            .preparation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        preparation.take()
+    }
 }
 
 #[async_trait]
@@ -135,15 +150,21 @@ impl Launcher for VmLauncher {
                 .as_ref()
                 .map(|cgroup| cgroup.directories().to_vec())
                 .unwrap_or_default(),
+            disks: plan.disks.len(),
             ..SpawnConfig::new(name)
         };
+        let preparation = self.take_preparation();
         let plan = Arc::new(plan);
         let (config, needed) = (self.config.clone(), Arc::clone(&plan));
         // The process starts while images are made or looked up.
         let (process, resources) = tokio::join!(
             blocking("starting its process", move || {
-                VmHandle::spawn(spawn, Box::new(move |event| report(&sender, event)))
-                    .map_err(|error| machine_error("starting its process", error))
+                VmHandle::spawn_prepared(
+                    spawn,
+                    preparation,
+                    Box::new(move |event| report(&sender, event)),
+                )
+                .map_err(|error| machine_error("starting its process", error))
             }),
             blocking("preparing it", move || {
                 Ok(acquire::acquire(&needed, &config)?)

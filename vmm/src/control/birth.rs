@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::client::ControlError;
 use super::spec::SpawnConfig;
-use super::{ARG0, ARG1};
+use super::{ARG0, ARG1, Beginning};
 use crate::jail;
 use crate::sys::birth::{Program, into_cgroup};
 
@@ -57,15 +57,30 @@ impl Born {
     }
 }
 
-/// Starts the process with `socket` as its standard input, in a pid namespace of its own where the
-/// kernel allows. Where it doesn't, the child finds out, and its policy says what follows.
-pub(super) fn spawn(config: &SpawnConfig, socket: UnixStream) -> Result<Born, ControlError> {
+/// Starts the process with `socket` as its standard input, in the network namespace that was made for
+/// it and a pid namespace of its own where the kernel allows. Where it doesn't, the child finds out,
+/// and its policy says what follows.
+pub(super) fn spawn(
+    config: &SpawnConfig,
+    network: Option<OwnedFd>,
+    socket: UnixStream,
+) -> Result<Born, ControlError> {
+    // The thread is in there until it has the child.
+    let inside = network.map(jail::enter_network);
+    if let Some(Err(error)) = &inside {
+        tracing::debug!(vm = config.name, %error, "no child is born in its network namespace");
+    }
     let failed = |source| ControlError::Spawn {
         exe: config.exe.clone(),
         source,
     };
-    let policy = serde_json::to_string(&config.jail).map_err(|error| failed(error.into()))?;
-    let args = [ARG1, &config.name, config.log_level.as_str(), &policy];
+    let beginning = Beginning {
+        jail: config.jail.clone(),
+        own_network: matches!(inside, Some(Ok(_))),
+        disks: config.disks,
+    };
+    let beginning = serde_json::to_string(&beginning).map_err(|error| failed(error.into()))?;
+    let args = [ARG1, &config.name, config.log_level.as_str(), &beginning];
     if let [cgroup] = config.cgroups.as_slice() {
         match in_cgroup(config, cgroup, &args, &socket) {
             Ok(born) => return Ok(born),

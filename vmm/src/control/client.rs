@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::Preparation;
 use super::message::{Answer, BalloonStats, Body, ErrorMessage, Event, Exit};
 use super::spec::{BootSpec, Files, RestoreSpec, SpawnConfig};
 use super::supervisor::{Shared, supervise};
@@ -106,10 +107,19 @@ impl VmHandle {
         config: SpawnConfig,
         on_event: Box<dyn Fn(Event) + Send>,
     ) -> Result<Self, ControlError> {
+        Self::spawn_prepared(config, None, on_event)
+    }
+
+    /// As [`spawn`](Self::spawn), with what was prepared.
+    pub fn spawn_prepared(
+        config: SpawnConfig,
+        preparation: Option<Preparation>,
+        on_event: Box<dyn Fn(Event) + Send>,
+    ) -> Result<Self, ControlError> {
         let (started, result) = mpsc::sync_channel(1);
         let name = config.name.clone();
         threads::builder("vmm-control")
-            .spawn(move || supervise(&config, &on_event, &started))
+            .spawn(move || supervise(&config, preparation, &on_event, &started))
             .map_err(|source| ControlError::Thread {
                 name: name.clone(),
                 source,

@@ -1,7 +1,7 @@
 //! Puts a VMM process into its cgroups while it starts.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
@@ -14,6 +14,20 @@ const NOBODY: i32 = i32::MAX;
 
 /// The file of a cgroup's directory that moves processes there.
 const PROCS: &str = "cgroup.procs";
+
+/// A file through which processes are moved, on hosts with cgroup v2 alone.
+const ROOT_PROCS: &str = "/sys/fs/cgroup/cgroup.procs";
+
+/// Has the wait begin that is told of at [`Joining`], whatever cgroup is to come, and waits. Until
+/// about as much time has passed again, nobody has to wait for it.
+pub(super) fn begin_wait() {
+    // Made nowhere: where there is only cgroup v1, a file here would be one of a tmpfs.
+    let Ok(mut procs) = File::options().write(true).open(ROOT_PROCS) else {
+        return;
+    };
+    // Refused, with ESRCH, after the wait.
+    let _ = procs.write_all(NOBODY.to_string().as_bytes());
+}
 
 /// A thread that begins what KVM waits for, and moves a process that was not born in its cgroups.
 ///

@@ -8,11 +8,23 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::devices::virtio::balloon::BalloonConfig;
-use crate::jail::Missing;
+use crate::jail::{Missing, Policy};
 
-/// Version of these messages. Parent and child are the same binary, so a mismatch means that
-/// something else was executed.
+/// Version of these messages. Parent and child are built together, so a mismatch means that something
+/// else was executed, such as a program that was installed meanwhile.
 pub const VERSION: u32 = 1;
+
+/// What the child does before it listens: told as it is executed.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Beginning {
+    /// How it confines itself.
+    pub(crate) jail: Policy,
+    /// It was born in a network namespace of its own.
+    pub(crate) own_network: bool,
+    /// How many disks to be ready for.
+    pub(crate) disks: usize,
+}
 
 /// Place of a file among those attached to a frame.
 pub(super) type FileIndex = usize;

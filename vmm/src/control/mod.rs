@@ -14,6 +14,7 @@ mod log;
 mod membership;
 mod message;
 mod outbox;
+mod preparation;
 mod server;
 mod spec;
 mod supervisor;
@@ -23,7 +24,9 @@ use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 use crate::sys::threads;
 
 pub use client::{ControlError, VmHandle};
+pub(crate) use message::Beginning;
 pub use message::{BalloonStats, ErrorKind, ErrorMessage, Event, Exit, LogLevel, VERSION};
+pub use preparation::Preparation;
 pub(crate) use server::{Start, give_up, serve};
 pub use spec::{BootSpec, ConsoleSpec, DiskSpec, PortSpec, RestoreSpec, SpawnConfig, VsockSpec};
 
@@ -79,7 +82,7 @@ pub(crate) const TALK: &[Rule] = &[
 /// `argv[0]` of a VMM process.
 pub(crate) const ARG0: &str = "supermachine-vmm";
 
-/// `argv[1]` of a VMM process. The VM's name, the log level and how to confine it follow.
+/// `argv[1]` of a VMM process. The VM's name, the log level and its [`Beginning`] follow.
 pub(crate) const ARG1: &str = "vmm";
 
 /// An error with its causes, in one line.

@@ -25,11 +25,14 @@ pub struct SpawnConfig {
     pub log_level: LogLevel,
     /// How strictly the process is confined.
     pub jail: Policy,
+    /// How many disks the VM will have. For each, up to 16, it gets an io_uring before it is confined;
+    /// disks beyond do one request at a time.
+    pub disks: usize,
 }
 
 impl SpawnConfig {
     /// This program, in this process's cgroup, quiet, confined as strictly as hosts in wide use
-    /// allow.
+    /// allow, for up to four disks.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             exe: PathBuf::from("/proc/self/exe"),
@@ -37,6 +40,7 @@ impl SpawnConfig {
             cgroups: Vec::new(),
             log_level: LogLevel::Warn,
             jail: Policy::default(),
+            disks: 4,
         }
     }
 }

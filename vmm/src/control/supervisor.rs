@@ -20,7 +20,7 @@ use super::log::{self, Budget};
 use super::membership::Joining;
 use super::message::{Answer, Body, ErrorMessage, Event, Exit, Request, ToParent, VERSION};
 use super::spec::SpawnConfig;
-use super::{describe, last_words};
+use super::{Preparation, describe, last_words};
 use crate::jail::{Missing, SECCOMP_EXIT_STATUS};
 
 /// From execution to greeting, and the most that one write to the child may take.
@@ -171,11 +171,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The supervisor thread, from the child's start to its end.
 pub(super) fn supervise(
     config: &SpawnConfig,
+    preparation: Option<Preparation>,
     on_event: &dyn Fn(Event),
     started: &SyncSender<Result<Arc<Shared>, ControlError>>,
 ) {
     // The receiver waits for exactly this message.
-    let (shared, socket, stderr) = match start(config) {
+    let (shared, socket, stderr) = match start(config, preparation) {
         Ok((shared, socket, stderr)) => {
             let _ = started.send(Ok(Arc::clone(&shared)));
             (shared, socket, stderr)
@@ -204,7 +205,10 @@ pub(super) fn supervise(
 }
 
 /// Starts the child and waits for its greeting.
-fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedFd>), ControlError> {
+fn start(
+    config: &SpawnConfig,
+    preparation: Option<Preparation>,
+) -> Result<(Arc<Shared>, UnixStream, Option<OwnedFd>), ControlError> {
     let (ours, theirs) = UnixStream::pair().map_err(ControlError::Socket)?;
     ours.set_write_timeout(Some(PATIENCE))
         .map_err(ControlError::Socket)?;
@@ -212,7 +216,8 @@ fn start(config: &SpawnConfig) -> Result<(Arc<Shared>, UnixStream, Option<OwnedF
         name: config.name.clone(),
         source,
     })?;
-    let mut child = birth::spawn(config, theirs)?;
+    let network = preparation.and_then(Preparation::into_network);
+    let mut child = birth::spawn(config, network, theirs)?;
     let moving = joining
         .filter(|_| !child.accounted)
         .map(|joining| joining.put(child.pid));

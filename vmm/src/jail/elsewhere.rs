@@ -6,9 +6,10 @@
     reason = "closing unknown descriptors is not expressible safely"
 )]
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::process::{Child, Command};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -40,7 +41,7 @@ pub fn close_inherited() -> Result<(), JailError> {
 /// # Errors
 /// What the kernel refused.
 pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
-    enter_beside(policy, filter, || ())
+    enter_beside(policy, filter, false, || ())
 }
 
 /// As [`enter`]; calls `begin` first.
@@ -50,6 +51,7 @@ pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError
 pub fn enter_beside(
     _: &Policy,
     _: &Filter,
+    _: bool,
     begin: impl FnOnce(),
 ) -> Result<Vec<Missing>, JailError> {
     begin();
@@ -64,6 +66,26 @@ pub fn enter_beside(
         reason: format!("{} has none", std::env::consts::OS),
     };
     Ok(Layer::ALL.map(missing).into())
+}
+
+/// There are none.
+///
+/// # Errors
+/// Always.
+pub fn new_network() -> io::Result<OwnedFd> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Would leave the namespace again.
+#[derive(Debug)]
+pub struct Inside(Infallible);
+
+/// There are none to enter.
+///
+/// # Errors
+/// Always.
+pub fn enter_network(_: OwnedFd) -> io::Result<Inside> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Starts a child.

@@ -5,12 +5,10 @@
     reason = "closing unknown descriptors is not expressible safely"
 )]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::process::{Child, Command};
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, Signal, set_dumpable_behavior,
@@ -55,10 +53,11 @@ pub fn close_inherited() -> Result<(), JailError> {
 /// The host lacks a layer that `policy` asks for, or refuses what any host allows. The process must
 /// end then: it is half confined.
 pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError> {
-    enter_beside(policy, filter, || ())
+    enter_beside(policy, filter, false, || ())
 }
 
-/// As [`enter`]; calls `begin` once the process may have threads. One that `begin` starts is in the
+/// As [`enter`], for a process that `own_network` says was born in a network namespace of its own;
+/// calls `begin` once the process may have threads. One that `begin` starts is in the
 /// namespaces and has the ids of the process, but keeps its capabilities, which are of the user
 /// namespace, and no filter holds it: it must do one thing and end.
 ///
@@ -67,9 +66,10 @@ pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError
 pub fn enter_beside(
     policy: &Policy,
     filter: &Filter,
+    own_network: bool,
     begin: impl FnOnce(),
 ) -> Result<Vec<Missing>, JailError> {
-    confine(policy, filter, None, begin)
+    confine(policy, filter, None, own_network, begin)
 }
 
 /// What a process keeps that works on files which belong to others.
@@ -91,13 +91,14 @@ pub fn enter_keeping(
     filter: &Filter,
     keep: &Keep<'_>,
 ) -> Result<Vec<Missing>, JailError> {
-    confine(policy, filter, Some(keep), || ())
+    confine(policy, filter, Some(keep), false, || ())
 }
 
 fn confine(
     policy: &Policy,
     filter: &Filter,
     keep: Option<&Keep<'_>>,
+    own_network: bool,
     begin: impl FnOnce(),
 ) -> Result<Vec<Missing>, JailError> {
     forbid_privileges_and_dumps().map_err(JailError::Step)?;
@@ -109,10 +110,12 @@ fn confine(
     };
     let host_pid = ids::host_pid();
     walls.raise(Layer::Pid, own_pid_namespace())?;
-    walls.raise(
-        Layer::Network,
-        leave(CloneFlags::CLONE_NEWNET, "unshare(CLONE_NEWNET)"),
-    )?;
+    let network = if own_network {
+        Ok(())
+    } else {
+        leave(CloneFlags::CLONE_NEWNET, "unshare(CLONE_NEWNET)")
+    };
+    walls.raise(Layer::Network, network)?;
     let ipc = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
     let left = leave(
         ipc,
@@ -144,26 +147,6 @@ fn confine(
     walls.raise(Layer::Landlock, landlock::forbid_all_but(beneath))?;
     walls.raise(Layer::Seccomp, seccomp::begin(policy.seccomp, filter))?;
     Ok(walls.missing)
-}
-
-/// Starts a child that is the first process of a pid namespace, or, where the kernel forbids that,
-/// of the caller's: [`enter`] finds out which.
-///
-/// # Errors
-/// The child can't be started.
-pub fn spawn_apart(command: &mut Command) -> io::Result<Child> {
-    let home = File::open("/proc/self/ns/pid")?;
-    // A thread's own affair: the other threads' children stay where they are.
-    if let Err(errno) = unshare(CloneFlags::CLONE_NEWPID) {
-        tracing::debug!(%errno, "no pid namespace for a child");
-        return command.spawn();
-    }
-    let child = command.spawn();
-    // Until then the thread could start no other thread (clone(2), EINVAL).
-    if let Err(errno) = setns(home, CloneFlags::CLONE_NEWPID) {
-        tracing::warn!(%errno, "children of this thread stay in its last child's pid namespace");
-    }
-    child
 }
 
 /// Raises wall after wall.

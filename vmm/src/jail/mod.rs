@@ -20,6 +20,8 @@ mod landlock;
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(target_os = "linux")]
+mod namespaces;
+#[cfg(target_os = "linux")]
 mod program;
 #[cfg(target_os = "linux")]
 mod root;
@@ -34,13 +36,17 @@ use serde::{Deserialize, Serialize};
 #[cfg(not(target_os = "linux"))]
 pub(crate) use elsewhere::call_name;
 #[cfg(not(target_os = "linux"))]
-pub use elsewhere::{close_inherited, enter, enter_beside, spawn_apart};
+pub use elsewhere::{
+    Inside, close_inherited, enter, enter_beside, enter_network, new_network, spawn_apart,
+};
 pub use filter::{
     EXIT_STATUS as SECCOMP_EXIT_STATUS, Filter, REPORT as SECCOMP_REPORT, Rule, Seccomp, When,
     absent, allow, allow_if,
 };
 #[cfg(target_os = "linux")]
-pub use linux::{Keep, close_inherited, enter, enter_beside, enter_keeping, spawn_apart};
+pub use linux::{Keep, close_inherited, enter, enter_beside, enter_keeping};
+#[cfg(target_os = "linux")]
+pub use namespaces::{Inside, enter_network, new_network, spawn_apart};
 #[cfg(target_os = "linux")]
 pub(crate) use seccomp::call_name;
 

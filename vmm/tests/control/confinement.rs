@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use libtest_mimic::{Completion, Failed, Trial};
 
-use supermachine_vmm::control::{SpawnConfig, VmHandle};
+use supermachine_vmm::control::{Preparation, SpawnConfig, VmHandle};
 use supermachine_vmm::jail::{Layer, Missing, Policy};
 
 use crate::support::{DEADLINE, Outcome, Vm, check, check_eq, test};
@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         test("confinement::no_privileges", no_privileges),
         test("confinement::limits", limits),
         layer("confinement::namespaces", namespaces),
+        layer("confinement::network_beforehand", network_beforehand),
         layer("confinement::ids_of_its_own", ids_of_its_own),
         layer("confinement::empty_root", empty_root),
         layer("confinement::two_differ", two_differ),
@@ -113,6 +114,41 @@ fn namespaces() -> Outcome {
     check_eq(pids.split_whitespace().last(), Some("1"))
 }
 
+/// One that was prepared is confined like any other, and its parent stays where it is.
+fn network_beforehand() -> Outcome {
+    let network = |of: String| fs::read_link(format!("/proc/{of}/ns/net"));
+    let ours = network("self".to_owned())?;
+    let (first, mut second) = (Preparation::begin(), Preparation::begin());
+    second.wait();
+    let first = Vm::spawn_prepared("first", Some(first))?;
+    let second = Vm::spawn_prepared("second", Some(second))?;
+    let of = |vm: &Vm| network(vm.handle.pid().to_string());
+    check_eq(
+        first.handle.missing_layers().to_vec(),
+        expected_missing(&first),
+    )?;
+    check(of(&first)? != of(&second)?, "they share a network")?;
+    check(
+        ![of(&first)?, of(&second)?].contains(&ours),
+        "one is in its parent's network",
+    )?;
+    let mut found = 0;
+    for thread in fs::read_dir("/proc/self/task")? {
+        let thread = thread?.path();
+        // Other tests' threads end meanwhile.
+        let read = |name: &str| fs::read_to_string(thread.join(name)).unwrap_or_default();
+        if read("comm").trim() != "vmm-control" {
+            continue;
+        }
+        found += 1;
+        check_eq(fs::read_link(thread.join("ns/net"))?, ours.clone())?;
+    }
+    check(
+        found >= 2,
+        format!("{found} threads watch over two processes"),
+    )
+}
+
 /// Only these depend on the kernel's configuration.
 fn expected_missing(vm: &Vm) -> Vec<Missing> {
     let mut missing = vm.handle.missing_layers().to_vec();
@@ -176,7 +212,7 @@ fn policy_is_checked() -> Outcome {
         child.wait()?;
         Ok(String::from_utf8(said)?)
     };
-    let strict = bare(r#"{"allow_missing":[],"first_id":1879048192}"#)?;
+    let strict = bare(r#"{"jail":{"allow_missing":[],"first_id":1879048192}}"#)?;
     check(
         strict.contains("fault") && strict.contains("lacks layer"),
         strict,
@@ -187,13 +223,13 @@ fn policy_is_checked() -> Outcome {
         .collect();
     let all = all.join(",");
     let lenient = bare(&format!(
-        r#"{{"allow_missing":[{all}],"first_id":1879048192}}"#
+        r#"{{"jail":{{"allow_missing":[{all}],"first_id":1879048192}}}}"#
     ))?;
     check(
         lenient.contains("hello") && lenient.contains(r#"{"layer":"pid","reason":"#),
         lenient,
     )?;
-    let wrong = bare(r#"{"allow_missing":["moat"],"first_id":1}"#)?;
+    let wrong = bare(r#"{"jail":{"allow_missing":["moat"],"first_id":1}}"#)?;
     check(wrong.contains("unknown variant `moat`"), wrong)
 }
 

@@ -139,7 +139,7 @@ fn lenient() -> String {
         .map(|layer| format!("\"{layer}\""))
         .collect();
     let names = names.join(",");
-    format!(r#"{{"allow_missing":[{names}],"first_id":1879048192}}"#)
+    format!(r#"{{"jail":{{"allow_missing":[{names}],"first_id":1879048192}}}}"#)
 }
 
 /// A VMM child without a handle, so that the socket is the test's own.

@@ -4,7 +4,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
-use supermachine_vmm::control::{ControlError, Event, Exit, SpawnConfig, VmHandle};
+use supermachine_vmm::control::{ControlError, Event, Exit, Preparation, SpawnConfig, VmHandle};
 
 /// No test waits longer for anything.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -23,9 +23,17 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn spawn(name: &str) -> Result<Self, ControlError> {
+        Self::spawn_prepared(name, None)
+    }
+
+    pub(crate) fn spawn_prepared(
+        name: &str,
+        preparation: Option<Preparation>,
+    ) -> Result<Self, ControlError> {
         let (sender, events) = mpsc::channel();
-        let handle = VmHandle::spawn(
+        let handle = VmHandle::spawn_prepared(
             SpawnConfig::new(name),
+            preparation,
             Box::new(move |event| {
                 // Nobody listens any more when a test has failed.
                 let _ = sender.send(event);

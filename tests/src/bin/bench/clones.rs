@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use supermachine_protocol::{AgentClient, ContainerRequest};
-use supermachine_vmm::control::{DiskSpec, PortSpec, RestoreSpec, VmHandle, VsockSpec};
+use supermachine_vmm::control::{DiskSpec, PortSpec, RestoreSpec, VsockSpec};
 use tokio::runtime::{Builder, Runtime};
 use ttrpc::r#async::{Client, transport::Socket};
 use ttrpc::context::with_duration;
@@ -110,8 +110,7 @@ pub(crate) fn clone(
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     let runtime = one_thread()?;
     let run = || {
-        let config = files.spawn_config(exe);
-        let vm = VmHandle::spawn(config, Box::new(|_| ())).context("cannot start our VMM")?;
+        let vm = machine::start(exe, files, Box::new(|_| ()))?;
         vm.restore(&spec, DEADLINE)
             .context("our VMM does not restore")?;
         let accepted = call(&runtime, &files.socket())?;

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use supermachine_tests::initramfs::Initramfs;
 use supermachine_tests::program::wait;
 use supermachine_vmm::control::{
-    BootSpec, ConsoleSpec, DiskSpec, Event, Exit, SpawnConfig, VmHandle, VsockSpec,
+    BootSpec, ConsoleSpec, DiskSpec, Event, Exit, Preparation, SpawnConfig, VmHandle, VsockSpec,
 };
 use supermachine_vmm::devices::virtio::balloon::BalloonConfig;
 
@@ -110,11 +110,11 @@ impl Files {
         std::fs::read_to_string(self.dir.join("serial")).context("no serial output was kept")
     }
 
-    /// How our VMM's process is started: as the runtime does it.
-    pub(crate) fn spawn_config(&self, exe: &Path) -> SpawnConfig {
+    fn spawn_config(&self, exe: &Path) -> SpawnConfig {
         SpawnConfig {
             exe: exe.to_path_buf(),
             cgroups: self.cgroup.iter().cloned().collect(),
+            disks: 1,
             ..SpawnConfig::new("bench")
         }
     }
@@ -269,14 +269,26 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     Ok(running)
 }
 
+/// Starts our VMM's process as the runtime does. That prepares when it starts itself, which is some
+/// time before it is asked for a container; here that time has passed.
+pub(crate) fn start(
+    exe: &Path,
+    files: &Files,
+    on_event: Box<dyn Fn(Event) + Send>,
+) -> Result<VmHandle> {
+    let mut preparation = Preparation::begin();
+    preparation.wait();
+    VmHandle::spawn_prepared(files.spawn_config(exe), Some(preparation), on_event)
+        .context("cannot start our VMM")
+}
+
 fn boot_ours(exe: &Path, files: &Files, spec: &BootSpec) -> Result<Running> {
     let (sender, events) = mpsc::channel();
-    let config = files.spawn_config(exe);
     let on_event = move |event| {
         // Refused only once nobody waits any more.
         let _ = sender.send((trace::now().unwrap_or(0), event));
     };
-    let vm = VmHandle::spawn(config, Box::new(on_event)).context("cannot start our VMM")?;
+    let vm = start(exe, files, Box::new(on_event))?;
     vm.boot(spec, DEADLINE)
         .context("our VMM does not boot the guest")?;
     Ok(Running::Ours(vm, events))
