@@ -28,14 +28,12 @@ pub mod sandbox;
 mod sys;
 mod virtualization;
 
-/// Runs a process of the runtime's if this program was executed to be one, a virtual machine, the
-/// writer of a container's changes or a tool that images are made with, and then answers its exit
-/// status.
+/// Runs a process of the runtime's if this program was executed to be one, the writer of a
+/// container's changes or a tool that images are made with, and then answers its exit status. A
+/// virtual machine's process is a program of its own ([`config::Vm::program`]).
 ///
 /// A program that has a [`sandbox::Sandbox`] calls this first in its `main`, before any thread
 /// exists and any file is open.
 pub fn child() -> Option<ExitCode> {
-    supermachine_vmm::child::main()
-        .or_else(changes::child)
-        .or_else(images::child)
+    changes::child().or_else(images::child)
 }

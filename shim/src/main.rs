@@ -1,9 +1,9 @@
 //! `containerd-shim-supermachine-v2`: containerd's Task API, each container in a microVM.
 //!
-//! One binary is four programs: what containerd runs to start or clean up a container ([`start`],
+//! One binary is three programs: what containerd runs to start or clean up a container ([`start`],
 //! [`delete`]), the daemon that serves one container ([`daemon`]), and, re-executed by the runtime,
-//! the process that is the virtual machine and the one that writes what the container wrote into its
-//! snapshot.
+//! the process that writes what the container wrote into its snapshot. The virtual machine's is
+//! `supermachine-vmm`.
 
 #![forbid(unsafe_code)]
 

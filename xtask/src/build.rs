@@ -13,18 +13,25 @@ use crate::kernel::{self, Kernel, stock};
 use crate::step::{call, quiet, sha256_file, step};
 use crate::{cross, paths, programs};
 
+/// What containerd executes.
+const SHIM: &str = "containerd-shim-supermachine-v2";
+/// What the shim executes.
+const VMM: &str = "supermachine-vmm";
 /// The guest's first process.
 const AGENT: &str = "supermachine-agent";
 
-/// Package and binary of what an installation has.
+/// Package and binary of what is built for an installation.
 const BINARIES: &[(&str, &str)] = &[
-    ("supermachine-shim", "containerd-shim-supermachine-v2"),
+    ("supermachine-shim", SHIM),
     ("supermachine-runtime", "supermachine"),
+    ("supermachine-vmm", VMM),
     ("supermachine-agent", AGENT),
 ];
 
-/// Where the installed files are on a machine, relative to its root.
+/// Where the installed files are on a machine, relative to its root: what people and containerd look
+/// for on their PATH, what the shim executes, what a guest boots.
 const BIN: &str = "usr/local/bin";
+const LIBEXEC: &str = "usr/local/libexec";
 const SHARE: &str = "usr/local/share/supermachine";
 const CONFIG: &str = "etc/supermachine/config.toml";
 
@@ -240,11 +247,14 @@ fn arrange(kernel: &Kernel, share: &Path) -> Result<()> {
         }
         Ok(())
     };
-    for (_, binary) in BINARIES.iter().filter(|(_, binary)| *binary != AGENT) {
-        copy(
-            &products.join("bin").join(binary),
-            &format!("{BIN}/{binary}"),
-        )?;
+    for (_, binary) in BINARIES {
+        let folder = match *binary {
+            AGENT => continue,
+            VMM => LIBEXEC,
+            _ => BIN,
+        };
+        let built = products.join("bin").join(binary);
+        copy(&built, &format!("{folder}/{binary}"))?;
     }
     let image = kernel.image();
     copy(&image, &format!("{SHARE}/vmlinux"))?;
@@ -280,8 +290,9 @@ pub(crate) fn native_configuration(data: &Path) -> Result<String> {
     let root = layout(Arch::HOST)?;
     let sha256 = sha256_file(&root.join(SHARE).join("vmlinux"))?;
     Ok(format!(
-        "{}\n[rootfs]\ndirectory = \"{data}/writable\"\n\n[images]\ndirectory = \"{data}/images\"\n",
+        "{}\n[vm]\nprogram = \"{}\"\n\n[rootfs]\ndirectory = \"{data}/writable\"\n\n[images]\ndirectory = \"{data}/images\"\n",
         configuration(&root, &sha256),
+        root.join(LIBEXEC).join(VMM).display(),
         data = data.display(),
     ))
 }

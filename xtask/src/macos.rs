@@ -29,9 +29,10 @@ const PACKAGES: [&str; 4] = [
 ];
 
 /// The programs that are linked, each with its package.
-const PROGRAMS: [(&str, &str); 2] = [
+const PROGRAMS: [(&str, &str); 3] = [
     ("supermachine-shim", "containerd-shim-supermachine-v2"),
     ("supermachine-runtime", "supermachine"),
+    ("supermachine-vmm", "supermachine-vmm"),
 ];
 
 /// The system's libraries as the linker sees them: where each is in an SDK, how programs name it,

@@ -7,13 +7,14 @@ use super::Line;
 use super::host::chain;
 use crate::config::Resolved;
 
-/// A line for each layer. This program must be one that can be a machine's process.
+/// A line for each layer.
 pub(super) fn lines(config: &Resolved) -> Vec<Line> {
     let spawn = SpawnConfig {
         jail: Policy {
             allow_missing: Layer::ALL.to_vec(),
             ..config.jail.policy()
         },
+        exe: config.vm.program.0.clone(),
         ..SpawnConfig::new("check")
     };
     match VmHandle::spawn(spawn, Box::new(|_| {})) {

@@ -144,6 +144,8 @@ schema! {
         memory: MemorySize = MemorySize(512 * MIB);
         /// Memory for the guest's kernel and agent, added to a container's memory limit.
         memory_overhead: MemorySize = MemorySize(96 * MIB);
+        /// What a machine's process executes: the `supermachine-vmm` that was built with the shim.
+        program: AbsolutePath = path("/usr/local/libexec/supermachine-vmm");
         /// Whether to start machines where KVM only emulates a processor. A guest takes minutes to boot
         /// there, so it is refused otherwise.
         allow_emulated_kvm: bool = false;

@@ -51,7 +51,7 @@ fn resolved_configuration_reads_back() {
 
 #[test]
 fn unknown_key_names_file_line_key_and_the_known_ones() {
-    expect!["/etc/supermachine/config.toml, line 4: vm.memroy is not a known key; expected one of `vcpus`, `memory`, `memory_overhead`, `allow_emulated_kvm`"].assert_eq(&error_of("# a comment\n[vm]\nvcpus = 2\nmemroy = \"1GiB\"\n"));
+    expect!["/etc/supermachine/config.toml, line 4: vm.memroy is not a known key; expected one of `vcpus`, `memory`, `memory_overhead`, `program`, `allow_emulated_kvm`"].assert_eq(&error_of("# a comment\n[vm]\nvcpus = 2\nmemroy = \"1GiB\"\n"));
 }
 
 #[test]

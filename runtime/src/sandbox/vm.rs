@@ -144,6 +144,7 @@ impl Launcher for VmLauncher {
             cgroup,
         } = planned.await?;
         let spawn = SpawnConfig {
+            exe: self.config.vm.program.0.clone(),
             log_level: log_level(self.config.log.level),
             jail: self.config.jail.policy(),
             cgroups: cgroup

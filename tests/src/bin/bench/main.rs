@@ -46,6 +46,8 @@ const DISKS: [&str; 3] = [
 /// How long each case of disk I/O takes in wall time, and where the clock counts instructions.
 const MEASURED: Duration = Duration::from_secs(2);
 const COUNTED: Duration = Duration::from_millis(50);
+/// Where an installation has it.
+const VMM: &str = "/usr/local/libexec/supermachine-vmm";
 const COUNTED_TITLE: &str = "Counted in instructions (1 ms is a million)";
 
 #[derive(Debug, Parser)]
@@ -59,10 +61,10 @@ struct Args {
     /// Measured runs of each kind, after one that isn't
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// The program whose VMM is measured; a name is looked for on PATH
-    #[arg(long, default_value = "containerd-shim-supermachine-v2")]
-    vmm: PathBuf,
-    /// The configuration that names kernel and initramfs
+    /// The program that is measured as the VMM, instead of the installation's
+    #[arg(long)]
+    vmm: Option<PathBuf>,
+    /// The configuration that names kernel and initramfs, and the VMM where that is elsewhere
     #[arg(
         long,
         env = "SUPERMACHINE_CONFIG",
@@ -100,9 +102,15 @@ fn run(args: &Args) -> Result<()> {
     let out = std::env::var_os("SUPERMACHINE_OUT").map_or_else(|| dir.path().into(), PathBuf::from);
     let qemu = on_path(&QEMU)?;
     let case = if args.icount { COUNTED } else { MEASURED };
+    let Installation {
+        kernel,
+        initramfs,
+        vmm,
+    } = Installation::of(&args.config)?;
+    let vmm = args.vmm.clone().unwrap_or(vmm);
     let bench = Bench {
-        files: Files::new(configured(&args.config)?, case, dir.path())?,
-        ours: Vmm::Ours(on_path(&[&args.vmm.to_string_lossy()])?),
+        files: Files::new((kernel, initramfs), case, dir.path())?,
+        ours: Vmm::Ours(vmm.clone()),
         with_acpi: Vmm::Qemu(qemu.clone(), Acpi::On),
         qemu: Vmm::Qemu(qemu, Acpi::Off),
         tracer: Tracer::open()?,
@@ -126,7 +134,7 @@ fn run(args: &Args) -> Result<()> {
     bench.clones(&mut report, args.profile);
     if !args.icount {
         bench.idle(&mut report);
-        sizes(&mut report);
+        sizes(&mut report, &vmm);
     }
     if args.profile {
         bench.profile(&mut report);
@@ -138,20 +146,33 @@ fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Kernel and initramfs of the installation.
-fn configured(config: &Path) -> Result<(PathBuf, PathBuf)> {
-    let text = std::fs::read_to_string(config)
-        .with_context(|| format!("cannot read {}", config.display()))?;
-    let table: toml::Table = text.parse().context("the configuration is not TOML")?;
-    let path = |key: &str| {
-        let value = table
-            .get("kernel")
-            .and_then(|kernel| kernel.get(key)?.as_str());
-        value
-            .map(PathBuf::from)
-            .with_context(|| format!("the configuration has no kernel.{key}"))
-    };
-    Ok((path("path")?, path("initramfs")?))
+/// What is installed.
+struct Installation {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    vmm: PathBuf,
+}
+
+impl Installation {
+    /// As its configuration has it.
+    fn of(config: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(config)
+            .with_context(|| format!("cannot read {}", config.display()))?;
+        let table: toml::Table = text.parse().context("the configuration is not TOML")?;
+        let path = |section: &str, key: &str| {
+            let value = table
+                .get(section)
+                .and_then(|section| section.get(key)?.as_str());
+            value
+                .map(PathBuf::from)
+                .with_context(|| format!("the configuration has no {section}.{key}"))
+        };
+        Ok(Self {
+            kernel: path("kernel", "path")?,
+            initramfs: path("kernel", "initramfs")?,
+            vmm: path("vm", "program").unwrap_or_else(|_| VMM.into()),
+        })
+    }
 }
 
 /// The first of `names` that is a file on PATH, or as it stands.
@@ -202,9 +223,15 @@ fn containers(report: &mut Report, images: &Path, runs: usize) {
     );
 }
 
-fn sizes(report: &mut Report) {
-    for name in ["containerd-shim-supermachine-v2", "supermachine"] {
-        let size = on_path(&[name]).and_then(|path| Ok(path.metadata()?.len()));
+fn sizes(report: &mut Report, vmm: &Path) {
+    let programs = [
+        ("containerd-shim-supermachine-v2", None),
+        ("supermachine-vmm", Some(vmm)),
+        ("supermachine", None),
+    ];
+    for (name, path) in programs {
+        let path = path.map_or_else(|| on_path(&[name]), |path| Ok(path.into()));
+        let size = path.and_then(|path| Ok(path.metadata()?.len()));
         if let Some(size) = report.take(name, size) {
             report.row(
                 &format!("size of `{name}`, static"),

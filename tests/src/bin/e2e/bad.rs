@@ -19,8 +19,9 @@ use crate::leftovers::{freeze, leaves_nothing};
 use crate::support::{World, equal};
 
 const DEFAULT_CONFIG: &str = "/etc/supermachine/config.toml";
-const DEFAULT_KERNEL: &str = "/usr/lib/supermachine/vmlinux";
-const DEFAULT_INITRAMFS: &str = "/usr/lib/supermachine/initramfs.cpio";
+const DEFAULT_KERNEL: &str = "/usr/local/share/supermachine/vmlinux";
+const DEFAULT_INITRAMFS: &str = "/usr/local/share/supermachine/initramfs.cpio";
+const DEFAULT_VMM: &str = "/usr/local/libexec/supermachine-vmm";
 
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![
@@ -83,19 +84,24 @@ fn written(world: &World, text: &str) -> Result<ShimConfig> {
 
 /// The kernel of the installation.
 pub(crate) fn kernel() -> Result<PathBuf> {
-    of_kernel("path", DEFAULT_KERNEL)
+    installed("kernel", "path", DEFAULT_KERNEL)
 }
 
 /// The installation's initramfs, which has the agent.
 pub(crate) fn agent() -> Result<PathBuf> {
-    of_kernel("initramfs", DEFAULT_INITRAMFS)
+    installed("kernel", "initramfs", DEFAULT_INITRAMFS)
 }
 
-fn of_kernel(key: &str, default: &str) -> Result<PathBuf> {
+/// What the shim executes as a machine's process.
+pub(crate) fn vmm() -> Result<PathBuf> {
+    installed("vm", "program", DEFAULT_VMM)
+}
+
+fn installed(section: &str, key: &str, default: &str) -> Result<PathBuf> {
     let configuration = configuration()?;
     let path = configuration
-        .get("kernel")
-        .and_then(|kernel| kernel.get(key));
+        .get(section)
+        .and_then(|section| section.get(key));
     Ok(path
         .and_then(|path| path.as_str())
         .unwrap_or(default)

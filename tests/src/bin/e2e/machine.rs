@@ -78,7 +78,7 @@ impl Machine {
     fn spawn(world: &World) -> Result<Self> {
         let (sender, events) = mpsc::channel();
         let config = SpawnConfig {
-            exe: world.shim()?.program,
+            exe: bad::vmm()?,
             ..SpawnConfig::new("e2e")
         };
         // Refused only once nobody waits any more.
