@@ -40,20 +40,25 @@ check-macos: ## The macOS build checked, linted and linked on Linux (the first t
 
 ifeq ($(shell uname -s),Darwin)
 BINDIR ?= /usr/local/bin
-MACOS_PROGRAMS = containerd-shim-supermachine-v2 supermachine
+# Where [vm] program looks, unless it says otherwise.
+LIBEXECDIR ?= /usr/local/libexec
 
-install: ## Build and install; on macOS the shim and supermachine, signed for the hypervisor
+install: ## Build and install; on macOS the programs, with the VMM signed for the hypervisor
 	@cargo build --release -p supermachine-shim -p supermachine-runtime
-	@mkdir -p "$(DESTDIR)$(BINDIR)"
+	@cargo build --release -p supermachine-vmm --bin supermachine-vmm
+	@mkdir -p "$(DESTDIR)$(BINDIR)" "$(DESTDIR)$(LIBEXECDIR)"
 	@# Signed under a name of its own and moved: a file that is signed where it runs is torn.
-	@for program in $(MACOS_PROGRAMS); do \
-		new="$(DESTDIR)$(BINDIR)/.$$program.new"; \
-		cp "$${CARGO_TARGET_DIR:-target}/release/$$program" "$$new" && \
-		codesign --force --sign - --entitlements shim/macos.entitlements "$$new" && \
-		mv -f "$$new" "$(DESTDIR)$(BINDIR)/$$program" || exit 1; \
-	done
+	@place() { \
+		new="$$2/.$$1.new"; \
+		cp "$${CARGO_TARGET_DIR:-target}/release/$$1" "$$new" && \
+		codesign --force --sign - $$3 "$$new" && \
+		mv -f "$$new" "$$2/$$1"; \
+	}; \
+	place supermachine-vmm "$(DESTDIR)$(LIBEXECDIR)" "--entitlements vmm/macos.entitlements" && \
+	place supermachine "$(DESTDIR)$(BINDIR)" && \
+	place containerd-shim-supermachine-v2 "$(DESTDIR)$(BINDIR)"
 else
-install: ## Build and install below DESTDIR; on macOS the shim and supermachine, signed for the hypervisor
+install: ## Build and install below DESTDIR; on macOS the programs, with the VMM signed for the hypervisor
 	@root="$$($(XTASK) build)" && cp -a "$$root/." "$(DESTDIR)/"
 endif
 

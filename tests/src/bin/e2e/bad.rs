@@ -26,6 +26,8 @@ const DEFAULT_VMM: &str = "/usr/local/libexec/supermachine-vmm";
 pub(crate) fn tests(world: &World) -> Vec<Trial> {
     vec![
         world.vm_test("bad::kernel_missing", kernel_missing),
+        world.vm_test("bad::vmm_missing", vmm_missing),
+        world.vm_test("bad::vmm_that_is_another_program", vmm_foreign),
         world.vm_test("bad::kernel_truncated", kernel_truncated),
         world.vm_test("bad::kernel_of_another_architecture", kernel_foreign),
         world.vm_test("bad::kernel_that_is_text", kernel_text),
@@ -157,6 +159,16 @@ fn without_checksum(config: ShimConfig) -> Result<ShimConfig> {
 fn kernel_missing(world: &World) -> Result<()> {
     let config = configured(world, &[("kernel", "path", "\"/no/such/vmlinux\"")])?;
     names(&refused(world, &config)?, &["kernel", "/no/such/vmlinux"])
+}
+
+fn vmm_missing(world: &World) -> Result<()> {
+    let config = configured(world, &[("vm", "program", "\"/no/such/vmm\"")])?;
+    names(&refused(world, &config)?, &["/no/such/vmm", "No such file"])
+}
+
+fn vmm_foreign(world: &World) -> Result<()> {
+    let config = configured(world, &[("vm", "program", "\"/bin/true\"")])?;
+    names(&refused(world, &config)?, &["/bin/true", "VMM"])
 }
 
 fn kernel_truncated(world: &World) -> Result<()> {
