@@ -3,6 +3,7 @@
 mod assembly;
 mod board;
 mod devices;
+mod reactors;
 mod restore;
 mod run;
 mod save;

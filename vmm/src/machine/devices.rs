@@ -7,23 +7,21 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::assembly::notify_address;
 use super::board::{Port, PortState};
+use super::reactors::Reactors;
 use crate::arch::current::{MIN_MEMORY, layout};
 use crate::config::{DiskConfig, VmConfig};
 use crate::devices::bus::Bus;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonConfig};
-use crate::devices::virtio::block::{
-    Backend, Block, BlockConfig, Concat, DISK, FileBackend, FillError,
-};
+use crate::devices::virtio::block::{Backend, Block, BlockConfig, Concat, FileBackend, FillError};
 use crate::devices::virtio::console::{self, Console, ConsoleConfig};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::mmio::{MmioParts, MmioTransport, TransportState};
 use crate::devices::virtio::vsock::{Vsock, VsockConfig};
-use crate::devices::virtio::{DEVICES, FaultObserver, QuiesceError, VirtioDevice};
+use crate::devices::virtio::{FaultObserver, QuiesceError, VirtioDevice};
 use crate::error::Error;
 use crate::hypervisor::{Binding, IrqLine, VmBackend};
-use crate::jail::Filter;
 use crate::memory::GuestMemory;
-use crate::sys::reactor::{Reactor, ReactorHandle};
+use crate::sys::reactor::ReactorHandle;
 use crate::sys::ring::Rings;
 
 /// Queues of a device whose doorbells the hypervisor rings: those past ring by an exit. Each costs
@@ -35,10 +33,7 @@ const BOUND: u32 = 10;
 pub(super) struct DeviceSet {
     memory: GuestMemory,
     observer: Arc<FaultObserver>,
-    /// Runs every device that never blocks.
-    shared: Reactor,
-    /// One for each device whose backend blocks.
-    own: Vec<Reactor>,
+    reactors: Reactors,
     devices: Vec<(Box<dyn VirtioDevice>, ReactorHandle)>,
 }
 
@@ -47,13 +42,11 @@ impl DeviceSet {
         memory: GuestMemory,
         observer: Option<Arc<FaultObserver>>,
     ) -> Result<Self, Error> {
-        let shared = reactor("devices", &DEVICES)?;
         let observer = observer.unwrap_or_else(|| Arc::new(|_, _| ()));
         Ok(Self {
             memory,
             observer,
-            shared,
-            own: Vec::new(),
+            reactors: Reactors::new()?,
             devices: Vec::new(),
         })
     }
@@ -141,14 +134,13 @@ impl DeviceSet {
 
     /// Adds a device that never blocks.
     fn add(&mut self, device: Box<dyn VirtioDevice>) {
-        self.devices.push((device, self.shared.handle()));
+        self.devices.push((device, self.reactors.shared()));
     }
 
     /// Adds a device whose backend may block: it gets a thread of its own.
     fn add_blocking(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        let own = reactor(device.id(), &DISK)?;
-        self.devices.push((device, own.handle()));
-        self.own.push(own);
+        let own = self.reactors.own(device.id())?;
+        self.devices.push((device, own));
         Ok(())
     }
 
@@ -184,7 +176,7 @@ impl DeviceSet {
         }
         Ok(Windows {
             windows,
-            reactors: (self.shared, self.own),
+            reactors: self.reactors,
         })
     }
 }
@@ -192,7 +184,7 @@ impl DeviceSet {
 /// Devices behind transports, in the order of their slots, and the lines they will have.
 pub(super) struct Windows<L> {
     windows: Vec<(Arc<MmioTransport>, Arc<OnceLock<L>>)>,
-    reactors: (Reactor, Vec<Reactor>),
+    reactors: Reactors,
 }
 
 impl<L: IrqLine> Windows<L> {
@@ -230,7 +222,7 @@ impl<L: IrqLine> Windows<L> {
             transports,
             port,
             still: Mutex::default(),
-            _reactors: self.reactors,
+            reactors: self.reactors,
         })
     }
 }
@@ -302,13 +294,6 @@ where
     }
 }
 
-fn reactor(name: &str, filter: &'static Filter) -> Result<Reactor, Error> {
-    Reactor::new(name, filter).map_err(|source| Error::Thread {
-        name: name.into(),
-        source,
-    })
-}
-
 /// The attached devices and the threads they work on.
 pub(super) struct Devices {
     transports: Vec<Arc<MmioTransport>>,
@@ -316,7 +301,7 @@ pub(super) struct Devices {
     /// Held by whoever holds devices still.
     still: Mutex<()>,
     // After the transports: a device stops its worker on its reactor.
-    _reactors: (Reactor, Vec<Reactor>),
+    reactors: Reactors,
 }
 
 impl Devices {
@@ -342,11 +327,12 @@ impl Devices {
         self.still.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the devices that a driver goes on with.
-    pub(super) fn start_restored(&self) {
+    /// Begins to work, with the devices that a driver goes on with.
+    pub(super) fn begin(&self) {
         for transport in &self.transports {
             transport.start_restored();
         }
+        self.reactors.begin();
     }
 
     /// Stops all devices. The vCPUs must have stopped.

@@ -181,16 +181,15 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         save_vm: parts.save_vm,
         memory: parts.memory,
     };
-    match failed {
-        // Dropping the senders and `running` ends the threads.
-        Some(error) => Err(error),
-        None => {
-            // Devices of a restored VM work on its memory: not before all else has come well.
-            running.shared.devices.start_restored();
-            go();
-            Ok(running)
-        }
+    if let Some(error) = failed {
+        // Ends threads that wait for a word that does not come, before `running` waits for them.
+        drop(starts);
+        return Err(error);
     }
+    // Devices of a restored VM work on its memory: not before all else has come well.
+    running.shared.devices.begin();
+    go();
+    Ok(running)
 }
 
 struct Thread {

@@ -1,10 +1,12 @@
 //! One thread that waits for readiness and runs device workers.
 //!
 //! A worker never blocks on anything but its own backend, is only ever touched by the reactor's
-//! thread while it runs, and comes back to its owner when it is stopped. Readiness is level
-//! triggered: what a worker leaves undone is reported again, so a bounded amount of work for each
-//! call is enough. Nothing wakes the thread while there is nothing to do.
+//! thread while it runs, and comes back to its owner when it is stopped. Until the reactor begins,
+//! workers are seated and spoken to on the threads of those who do it, one at a time.
+//! Readiness is level triggered: what a worker leaves undone is reported again, so a bounded amount
+//! of work for each call is enough. Nothing wakes the thread while there is nothing to do.
 
+mod inbox;
 #[cfg(any(test, feature = "testing"))]
 mod manual;
 mod wheel;
@@ -13,15 +15,14 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle, ThreadId};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
-
-use polling::Poller;
 
 use super::threads;
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 
+use inbox::{Inbox, Turner};
 #[cfg(any(test, feature = "testing"))]
 pub use manual::ManualReactor;
 use wheel::{Core, WorkerId};
@@ -78,8 +79,8 @@ impl Interest {
 
 /// A device's active half: owns its queues and its backend, and acts on events.
 pub trait Worker: Send + 'static {
-    /// Registers the sources to begin with. Runs on the reactor's thread; an error gives up the
-    /// worker and is what [`ReactorHandle::spawn`] returns.
+    /// Registers the sources to begin with. Runs on the reactor's thread once it has begun; an
+    /// error gives up the worker and is what [`ReactorHandle::spawn`] returns.
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()>;
 
     /// Acts on the source or timer registered under `token`. The work done in one call must be
@@ -106,47 +107,54 @@ pub(crate) const WAITING: &[Rule] = &[
     ),
 ];
 
-/// Owns the thread. Dropping it stops every worker and joins.
+/// Owns the workers and their thread. Dropping it stops every worker and joins.
 #[derive(Debug)]
 pub struct Reactor {
     inbox: Arc<Inbox>,
+    /// Where the thread waits for its work, until it has it.
+    start: Option<mpsc::Sender<Turner>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Reactor {
-    /// Starts a reactor thread called `name`, which makes the system calls of `filter` alone.
+    /// A reactor with a thread called `name` that makes the system calls of `filter` alone. No worker
+    /// hears of anything before it [begins](Self::begin).
     pub fn new(name: &str, filter: &'static Filter) -> io::Result<Self> {
-        let mut core = Core::new()?;
-        let inbox = Arc::new(Inbox {
-            poller: Arc::clone(&core.poller),
-            state: Mutex::new(InboxState::default()),
-        });
-        let inner = Arc::clone(&inbox);
+        let inbox = Arc::new(Inbox::new(Core::new()?));
+        let (start, started) = mpsc::channel::<Turner>();
         let thread = threads::spawn(name, filter, move || {
-            // Dropped last, also when a worker panics: nobody may wait for a thread that ended.
-            let closing = Closing(inner);
-            closing.0.lock().thread = Some(thread::current().id());
-            closing.0.run(&mut core);
+            // Nothing comes for the thread of a reactor that is dropped before.
+            if let Ok(turner) = started.recv() {
+                turner.run();
+            }
         })?;
         Ok(Self {
             inbox,
+            start: Some(start),
             thread: Some(thread),
         })
+    }
+
+    /// Begins, if it has not: from now on workers are the thread's.
+    pub fn begin(&self) {
+        if let (Some(start), Some(turner)) = (&self.start, self.inbox.take()) {
+            // Refused by no thread that waits.
+            let _ = start.send(turner);
+        }
     }
 
     /// A handle to spawn workers with.
     pub fn handle(&self) -> ReactorHandle {
         ReactorHandle {
-            executor: Arc::clone(&self.inbox) as Arc<dyn Executor>,
+            inbox: Arc::clone(&self.inbox),
         }
     }
 }
 
 impl Drop for Reactor {
     fn drop(&mut self) {
-        self.inbox.lock().closing = true;
-        // A poller that can't be notified has no waiting thread left.
-        let _ = self.inbox.poller.notify();
+        self.start = None;
+        self.inbox.close();
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
@@ -159,7 +167,7 @@ impl Drop for Reactor {
 /// Spawns workers on a reactor, from any thread.
 #[derive(Clone)]
 pub struct ReactorHandle {
-    executor: Arc<dyn Executor>,
+    inbox: Arc<Inbox>,
 }
 
 impl fmt::Debug for ReactorHandle {
@@ -185,17 +193,22 @@ impl ReactorHandle {
         })
     }
 
+    /// Whether another thread is at work in the reactor: what a worker does can be waited for.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.inbox.is_elsewhere()
+    }
+
     /// Runs `f` on the reactor's thread and waits for its answer.
     fn ask<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut Core) -> R + Send + 'static,
     ) -> Result<R, Stopped> {
-        if self.executor.is_current_thread() {
+        if self.inbox.is_current_thread() {
             // Waiting here for ourselves would never end.
             return Err(Stopped);
         }
         let (sender, receiver) = mpsc::sync_channel(1);
-        self.executor.submit(Box::new(move |core| {
+        self.inbox.submit(Box::new(move |core| {
             // Nobody waiting any more is no loss.
             let _ = sender.send(f(core));
         }));
@@ -271,9 +284,9 @@ impl<W> Drop for Running<W> {
             return;
         }
         let id = self.id;
-        if self.handle.executor.is_current_thread() {
+        if self.handle.inbox.is_current_thread() {
             self.handle
-                .executor
+                .inbox
                 .submit(Box::new(move |core| drop(core.unseat(id))));
         } else {
             // Waits, so that nothing of the worker touches guest memory afterwards.
@@ -317,99 +330,6 @@ impl Control<'_> {
     /// Takes back a [`Control::wake_at`].
     pub fn cancel_wake(&mut self, token: usize) {
         self.core.cancel_wake(self.worker, token);
-    }
-}
-
-type Job = Box<dyn FnOnce(&mut Core) + Send>;
-
-/// Gets jobs to the one place where the [`Core`] is.
-trait Executor: Send + Sync {
-    /// Runs `job` soon, or drops it when the reactor has stopped.
-    fn submit(&self, job: Job);
-    /// Whether the caller is inside the reactor.
-    fn is_current_thread(&self) -> bool;
-}
-
-fn relock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The states behind these locks are consistent between any two statements.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The executor of a reactor with a thread.
-#[derive(Debug)]
-struct Inbox {
-    poller: Arc<Poller>,
-    state: Mutex<InboxState>,
-}
-
-#[derive(Default)]
-struct InboxState {
-    jobs: Vec<Job>,
-    closing: bool,
-    thread: Option<ThreadId>,
-}
-
-impl fmt::Debug for InboxState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InboxState")
-            .field("jobs", &self.jobs.len())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, InboxState> {
-        relock(&self.state)
-    }
-
-    fn run(&self, core: &mut Core) {
-        loop {
-            let jobs = {
-                let mut state = self.lock();
-                if state.closing {
-                    return;
-                }
-                std::mem::take(&mut state.jobs)
-            };
-            for job in jobs {
-                job(core);
-            }
-            if let Err(error) = core.turn(None) {
-                tracing::error!(%error, "The reactor can't wait for events any more");
-                return;
-            }
-        }
-    }
-}
-
-impl Executor for Inbox {
-    fn submit(&self, job: Job) {
-        let mut state = self.lock();
-        if state.closing {
-            return;
-        }
-        state.jobs.push(job);
-        drop(state);
-        if let Err(error) = self.poller.notify() {
-            tracing::error!(%error, "The reactor can't be notified");
-        }
-    }
-
-    fn is_current_thread(&self) -> bool {
-        self.lock().thread == Some(thread::current().id())
-    }
-}
-
-/// Turns the waiting callers away when the thread ends.
-struct Closing(Arc<Inbox>);
-
-impl Drop for Closing {
-    fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.closing = true;
-        let jobs = std::mem::take(&mut state.jobs);
-        drop(state);
-        drop(jobs);
     }
 }
 

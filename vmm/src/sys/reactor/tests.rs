@@ -40,9 +40,19 @@ fn probe() -> (Probe, Arc<Doorbell>, mpsc::Receiver<(usize, Readiness)>) {
     )
 }
 
+fn begun() -> Reactor {
+    let reactor = new();
+    reactor.begin();
+    reactor
+}
+
+fn new() -> Reactor {
+    Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap()
+}
+
 #[test]
 fn a_rung_bell_reaches_its_worker() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (worker, bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     for _ in 0..3 {
@@ -57,8 +67,32 @@ fn a_rung_bell_reaches_its_worker() {
 }
 
 #[test]
+fn a_worker_that_is_there_before_its_reactor_begins_hears_of_what_came_before() {
+    let reactor = new();
+    let (worker, bell, events) = probe();
+    let running = reactor.handle().spawn(worker).unwrap();
+    let here = thread::current().id();
+    assert_eq!(running.call(|_, _| thread::current().id()), Ok(here));
+    bell.ring().unwrap();
+    assert!(events.try_recv().is_err());
+    reactor.begin();
+    assert_eq!(events.recv_timeout(LIMIT).unwrap().0, 7);
+    assert_ne!(running.call(|_, _| thread::current().id()), Ok(here));
+}
+
+#[test]
+fn a_reactor_that_never_began_drops_its_workers() {
+    let reactor = new();
+    let (worker, _bell, events) = probe();
+    let running = reactor.handle().spawn(worker).unwrap();
+    drop(reactor);
+    assert_eq!(events.recv(), Err(mpsc::RecvError));
+    assert_eq!(running.call(|_, _| ()), Err(Stopped));
+}
+
+#[test]
 fn stop_returns_the_worker_and_silences_it() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (worker, bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     let worker = running.stop().unwrap();
@@ -75,7 +109,7 @@ fn stop_returns_the_worker_and_silences_it() {
 
 #[test]
 fn a_timer_fires_once_and_can_be_cancelled_or_moved() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (worker, _bell, events) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     let begin = Instant::now();
@@ -115,14 +149,14 @@ fn a_failed_start_is_returned_and_leaves_nothing() {
         }
         fn ready(&mut self, _: &mut Control<'_>, _: usize, _: Readiness) {}
     }
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let error = reactor.handle().spawn(Failing).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
 }
 
 #[test]
 fn a_stopped_reactor_turns_callers_away() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (worker, _bell, _events) = probe();
     let handle = reactor.handle();
     let running = handle.spawn(worker).unwrap();
@@ -138,7 +172,7 @@ fn a_stopped_reactor_turns_callers_away() {
 
 #[test]
 fn a_worker_that_panics_releases_its_callers() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (worker, ..) = probe();
     let running = reactor.handle().spawn(worker).unwrap();
     assert_eq!(
@@ -150,7 +184,7 @@ fn a_worker_that_panics_releases_its_callers() {
 
 #[test]
 fn a_call_from_the_reactor_itself_is_refused() {
-    let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+    let reactor = begun();
     let (first, ..) = probe();
     let (second, ..) = probe();
     let first = reactor.handle().spawn(first).unwrap();

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use super::metrics::Metrics;
 use super::port::Port;
 use super::{ATTACH_LIMIT, ConsoleError, PortEnds, PortEvent};
 use crate::sys::doorbell::Doorbell;
+use crate::sys::reactor::ReactorHandle;
 
 /// What device, worker and handles have in common.
 pub(super) struct Shared {
@@ -27,8 +27,8 @@ pub(super) struct Table {
     pub(super) ports: Vec<Port>,
     /// Ports changed by a handle that the worker has not seen to.
     pub(super) changed: BTreeSet<u32>,
-    /// The thread on which a worker talks to a driver that has announced itself.
-    pub(super) serving: Option<ThreadId>,
+    /// Where a worker talks to a driver that has announced itself.
+    pub(super) serving: Option<ReactorHandle>,
 }
 
 impl Shared {
@@ -133,9 +133,7 @@ impl Handle {
         })?;
         self.shared.report(opened.map(|event| event.of(port)));
         // On the thread that is to bring the answer there is no waiting for it.
-        let answer = serving
-            .filter(|serving| *serving != thread::current().id())
-            .map(|_| answer);
+        let answer = serving.filter(ReactorHandle::is_elsewhere).map(|_| answer);
         Ok(Attaching {
             handle: self.clone(),
             port,
@@ -197,12 +195,12 @@ impl Handle {
         Arc::clone(&self.shared.metrics)
     }
 
-    /// Changes a port, has the worker look at it, and tells the worker's thread if a driver is up.
+    /// Changes a port, has the worker look at it, and tells where that is if a driver is up.
     fn change(
         &self,
         port: u32,
         f: impl FnOnce(&mut Port) -> Result<(), ConsoleError>,
-    ) -> Result<Option<ThreadId>, ConsoleError> {
+    ) -> Result<Option<ReactorHandle>, ConsoleError> {
         let mut table = self.shared.lock();
         // MAX_PORTS at most.
         let ports = table.ports.len() as u32;
@@ -212,7 +210,7 @@ impl Handle {
             .ok_or(ConsoleError::NoPort { port, ports })?;
         f(entry)?;
         table.changed.insert(port);
-        let serving = table.serving;
+        let serving = table.serving.clone();
         drop(table);
         if let Err(error) = self.shared.doorbell.ring() {
             tracing::error!(%error, "Console's doorbell can't be rung");

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread;
 
 use super::control::ControlQueues;
 use super::handle::{Shared, Table};
@@ -13,7 +12,7 @@ use crate::devices::virtio::queue::RingFault;
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, Faults, Interrupt, Positions,
 };
-use crate::sys::reactor::{self, Control, Interest, Readiness};
+use crate::sys::reactor::{self, Control, Interest, ReactorHandle, Readiness};
 
 /// Token of the handles' doorbell; a queue's token is its number.
 const HANDLES: usize = 0xffff;
@@ -26,6 +25,7 @@ pub(super) struct Worker {
     lanes: Vec<Lane>,
     interrupt: Interrupt,
     faults: Faults,
+    reactor: ReactorHandle,
     broken: bool,
 }
 
@@ -55,7 +55,10 @@ impl Worker {
             })
             .collect();
         let Activation {
-            interrupt, faults, ..
+            interrupt,
+            faults,
+            reactor,
+            ..
         } = activation;
         Ok(Self {
             shared,
@@ -63,6 +66,7 @@ impl Worker {
             lanes,
             interrupt,
             faults,
+            reactor,
             broken: false,
         })
     }
@@ -179,7 +183,7 @@ impl Worker {
             events,
         )?;
         if changes.device_ready {
-            table.serving = Some(thread::current().id());
+            table.serving = Some(self.reactor.clone());
         }
         self.serve(changes.ports, table, control, events)
     }
@@ -269,7 +273,7 @@ impl reactor::Worker for Worker {
                 .as_ref()
                 .is_some_and(ControlQueues::has_driver)
             {
-                table.serving = Some(thread::current().id());
+                table.serving = Some(worker.reactor.clone());
             }
             if worker.control.is_none()
                 && let Some(port) = table.ports.first_mut()

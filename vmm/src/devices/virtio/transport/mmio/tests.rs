@@ -149,6 +149,7 @@ impl Fixture {
         let edges = Arc::new(AtomicUsize::new(0));
         let faults = Arc::new(Mutex::new(Vec::new()));
         let reactor = Reactor::new("test", &crate::devices::virtio::DEVICES).unwrap();
+        reactor.begin();
         let (counter, list) = (Arc::clone(&edges), Arc::clone(&faults));
         let lowered = Arc::new(AtomicUsize::new(0));
         let lower = Arc::clone(&lowered);
