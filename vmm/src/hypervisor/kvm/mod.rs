@@ -15,14 +15,12 @@ mod x86_64;
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{Binding, Caps, Fault, Hypervisor, HypervisorError, VmBackend};
 use crate::arch::CpuCaps;
@@ -214,21 +212,9 @@ impl VmBackend for KvmVm {
         value: u32,
         doorbell: &Doorbell,
     ) -> Result<Binding, HypervisorError> {
-        let event = event_fd(doorbell).map_err(|source| HypervisorError::Call {
-            call: "dup",
-            source,
-        })?;
         self.fd
-            .register_ioevent(&event, &IoEventAddress::Mmio(address), value)
+            .register_ioevent(doorbell.event(), &IoEventAddress::Mmio(address), value)
             .map_err(call("KVM_IOEVENTFD"))?;
         Ok(Binding::Bound)
     }
-}
-
-/// The doorbell's eventfd under the type kvm-ioctls wants; a duplicate, closed after the call.
-fn event_fd(doorbell: &Doorbell) -> io::Result<EventFd> {
-    let owned = doorbell.as_fd().try_clone_to_owned()?;
-    debug_assert!(owned.as_raw_fd() >= 0);
-    // SAFETY: the descriptor was just duplicated and is owned by nobody else.
-    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(owned.into_raw_fd()) })
 }

@@ -1,4 +1,4 @@
-//! A pollable notification, rung from any thread.
+//! A doorbell that is a pipe.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -8,8 +8,6 @@ use vmm_sys_util::event::{
 };
 
 /// One notification with memory: rung any number of times before it is cleared, it counts once.
-///
-/// On Linux it is one eventfd, so KVM can ring it itself (ioeventfd); elsewhere it is a pipe.
 #[derive(Debug)]
 pub struct Doorbell {
     consumer: EventConsumer,
@@ -36,39 +34,21 @@ impl Doorbell {
     /// Silences the doorbell and tells whether it was ringing. Never blocks.
     pub fn clear(&self) -> io::Result<bool> {
         let mut ringing = false;
+        // The pipe holds one item for each ring.
         loop {
             match self.consumer.consume() {
                 Ok(()) => ringing = true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ringing),
                 Err(error) => return Err(error),
             }
-            // One read empties an eventfd; a pipe holds one item for each ring.
-            if cfg!(target_os = "linux") {
-                return Ok(ringing);
-            }
         }
     }
 }
 
 impl AsFd for Doorbell {
-    /// The side that becomes readable; on Linux also the one to write to.
+    /// The side that becomes readable.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the consumer owns its descriptor, and the borrow can't outlive `self`.
         unsafe { BorrowedFd::borrow_raw(self.consumer.as_raw_fd()) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rings_count_once_until_cleared() {
-        let bell = Doorbell::new().unwrap();
-        assert!(!bell.clear().unwrap());
-        bell.ring().unwrap();
-        bell.ring().unwrap();
-        assert!(bell.clear().unwrap());
-        assert!(!bell.clear().unwrap());
     }
 }
