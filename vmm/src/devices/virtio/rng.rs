@@ -12,7 +12,7 @@ use super::{
     StateError, VirtioDevice,
 };
 use crate::sys::random;
-use crate::sys::reactor::{self, Control, Interest, Readiness};
+use crate::sys::reactor::{self, Control, Readiness};
 
 /// Device ID (virtio 1.2, 5.4.1).
 const TYPE: u32 = 4;
@@ -153,7 +153,7 @@ struct Worker {
 
 impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
-        control.add(&self.queue.doorbell, QUEUE, Interest::READ)?;
+        control.listen(&self.queue.doorbell, QUEUE)?;
         // A driver may have asked before DRIVER_OK.
         self.queue.doorbell.ring()
     }

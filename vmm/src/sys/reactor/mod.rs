@@ -19,13 +19,14 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use super::doorbell::Doorbell;
 use super::threads;
 use crate::jail::{Filter, Rule, When, allow, allow_if, calls};
 
 use inbox::{Inbox, Turner};
 #[cfg(any(test, feature = "testing"))]
 pub use manual::ManualReactor;
-use wheel::{Core, WorkerId};
+use wheel::{Core, Source, WorkerId};
 
 /// What a source or a timer has to say.
 ///
@@ -309,7 +310,17 @@ impl Control<'_> {
     /// Fails for a token in use, and for what can't be waited for, such as a regular file.
     pub fn add(&mut self, source: &impl AsFd, token: usize, interest: Interest) -> io::Result<()> {
         let fd = source.as_fd().try_clone_to_owned()?;
-        self.core.add(self.worker, fd, token, interest)
+        let source = Source::Copy(fd);
+        self.core.add(self.worker, source, token, interest)
+    }
+
+    /// Registers a doorbell under `token`, to hear when it rings. The reactor has a share of it until
+    /// [`Control::remove`].
+    ///
+    /// Fails for a token in use, and for a doorbell that is registered.
+    pub fn listen(&mut self, bell: &Arc<Doorbell>, token: usize) -> io::Result<()> {
+        let source = Source::Bell(Arc::clone(bell));
+        self.core.add(self.worker, source, token, Interest::READ)
     }
 
     /// Changes what is reported of the source `token`.

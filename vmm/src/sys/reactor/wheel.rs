@@ -4,13 +4,14 @@ use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use polling::{Event, Events, PollMode, Poller};
 
 use super::{Control, Interest, Readiness, Worker};
+use crate::sys::doorbell::Doorbell;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct WorkerId(u64);
@@ -46,7 +47,7 @@ pub(super) struct Core {
     batch: Vec<Event>,
     workers: HashMap<WorkerId, Seat>,
     /// By poll key. Keys are never used twice, so an event of a removed source finds nothing.
-    sources: HashMap<usize, Source>,
+    sources: HashMap<usize, Entry>,
     wakes: BTreeSet<(Instant, WorkerId, usize)>,
     next_worker: u64,
     next_key: usize,
@@ -68,10 +69,26 @@ struct Seat {
     wakes: HashMap<usize, Instant>,
 }
 
-struct Source {
+/// What is waited for. Its descriptor stays open as long as the reactor knows it.
+pub(super) enum Source {
+    /// A copy of somebody's descriptor.
+    Copy(OwnedFd),
+    Bell(Arc<Doorbell>),
+}
+
+impl AsFd for Source {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Copy(fd) => fd.as_fd(),
+            Self::Bell(bell) => bell.as_fd(),
+        }
+    }
+}
+
+struct Entry {
     worker: WorkerId,
     token: usize,
-    fd: OwnedFd,
+    source: Source,
     /// Whether the poller knows it: one without interest is taken out, or its hang-up would be
     /// reported for ever.
     polled: bool,
@@ -144,7 +161,7 @@ impl Core {
     pub(super) fn add(
         &mut self,
         worker: WorkerId,
-        fd: OwnedFd,
+        source: Source,
         token: usize,
         interest: Interest,
     ) -> io::Result<()> {
@@ -160,10 +177,10 @@ impl Core {
         seat.keys.insert(token, key);
         self.sources.insert(
             key,
-            Source {
+            Entry {
                 worker,
                 token,
-                fd,
+                source,
                 polled: false,
             },
         );
@@ -179,25 +196,26 @@ impl Core {
     ) -> io::Result<()> {
         let seat = self.workers.get(&worker).ok_or(io::ErrorKind::NotFound)?;
         let key = *seat.keys.get(&token).ok_or(io::ErrorKind::NotFound)?;
-        let source = self.sources.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
+        let entry = self.sources.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
         let event = Event::new(key, interest.read, interest.write);
-        match (source.polled, interest.is_none()) {
+        match (entry.polled, interest.is_none()) {
             (false, true) => Ok(()),
             (true, true) => {
-                source.polled = false;
-                self.poller.delete(&source.fd)
+                entry.polled = false;
+                self.poller.delete(&entry.source)
             }
-            (true, false) => self
-                .poller
-                .modify_with_mode(&source.fd, event, PollMode::Level),
+            (true, false) => {
+                self.poller
+                    .modify_with_mode(entry.source.as_fd(), event, PollMode::Level)
+            }
             (false, false) => {
-                // SAFETY: the descriptor is ours and is deleted from the poller before it is
-                // closed (`drop_source`); the poller itself goes with `self`.
+                // SAFETY: the source keeps the descriptor open, and is deleted from the poller before
+                // it is dropped (`drop_source`); the poller itself goes with `self`.
                 unsafe {
                     self.poller
-                        .add_with_mode(&source.fd, event, PollMode::Level)
+                        .add_with_mode(&entry.source.as_fd(), event, PollMode::Level)
                 }?;
-                source.polled = true;
+                entry.polled = true;
                 Ok(())
             }
         }
@@ -214,9 +232,9 @@ impl Core {
     }
 
     fn drop_source(&mut self, key: usize) {
-        if let Some(source) = self.sources.remove(&key)
-            && source.polled
-            && let Err(error) = self.poller.delete(&source.fd)
+        if let Some(entry) = self.sources.remove(&key)
+            && entry.polled
+            && let Err(error) = self.poller.delete(&entry.source)
         {
             tracing::error!(%error, "A source can't be taken out of the poller");
         }
@@ -257,8 +275,8 @@ impl Core {
         batch.extend(self.events.iter());
         let mut dispatched = 0;
         for event in batch.drain(..) {
-            if let Some(source) = self.sources.get(&event.key) {
-                let (worker, token) = (source.worker, source.token);
+            if let Some(entry) = self.sources.get(&event.key) {
+                let (worker, token) = (entry.worker, entry.token);
                 let readiness = Readiness {
                     readable: event.readable,
                     writable: event.writable,

@@ -168,7 +168,7 @@ impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
         for (token, queue) in self.queues() {
             if let Some(active) = queue {
-                control.add(&active.doorbell, token, Interest::READ)?;
+                control.listen(&active.doorbell, token)?;
                 // A driver may have put something there before DRIVER_OK.
                 active.doorbell.ring()?;
             }

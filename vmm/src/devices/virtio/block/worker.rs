@@ -83,7 +83,7 @@ impl Worker {
 
 impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
-        control.add(&self.queue.doorbell, QUEUE, Interest::READ)?;
+        control.listen(&self.queue.doorbell, QUEUE)?;
         if let Some(flights) = &self.flights {
             control.add(flights.ring.bell(), RING, Interest::READ)?;
         }

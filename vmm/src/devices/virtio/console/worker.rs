@@ -258,7 +258,7 @@ impl Worker {
 impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
         for queue in self.queues() {
-            control.add(&queue.doorbell, usize::from(queue.index), Interest::READ)?;
+            control.listen(&queue.doorbell, usize::from(queue.index))?;
         }
         control.add(&self.shared.doorbell, HANDLES, Interest::READ)?;
         for lane in &mut self.lanes {
