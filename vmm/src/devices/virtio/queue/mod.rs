@@ -24,7 +24,7 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Position;
 use crate::memory::GuestMemory;
@@ -268,6 +268,10 @@ impl Virtqueue {
     /// # Errors
     /// The ring can't be accessed.
     pub fn enable_notification(&mut self) -> Result<bool, RingFault> {
+        // What is asked for already isn't written: of a clone's memory, each page that is costs one.
+        if self.ring.event_idx_enabled() && self.avail_event()? == self.ring.next_avail() {
+            return self.has_pending();
+        }
         self.ring
             .enable_notification(&self.memory)
             .map_err(|source| RingFault::Access {
@@ -317,6 +321,23 @@ impl Virtqueue {
     /// The positions and addresses of the ring.
     pub fn state(&self) -> QueueState {
         self.ring.state()
+    }
+
+    /// Which chain the driver is to notify of.
+    fn avail_event(&self) -> Result<u16, RingFault> {
+        let used = GuestAddress(self.ring.used_ring());
+        // Behind flags, index and elements (virtio 1.2, 2.7.8): in guest RAM, as all of the part.
+        let offset = u64::from(self.ring.size())
+            .saturating_mul(8)
+            .saturating_add(4);
+        self.memory
+            .load(used.unchecked_add(offset), Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|source| RingFault::Access {
+                queue: self.index,
+                part: Part::Used,
+                source: virtio_queue::Error::GuestMemory(source),
+            })
     }
 
     fn avail_idx(&self, order: Ordering) -> Result<u16, RingFault> {
