@@ -24,11 +24,6 @@ use crate::memory::GuestMemory;
 use crate::sys::reactor::ReactorHandle;
 use crate::sys::ring::Rings;
 
-/// Queues of a device whose doorbells the hypervisor rings: those past ring by an exit. Each costs
-/// KVM a grace period of its own (SRCU) when a VM is made, and a console has two for each of its
-/// ports. These are the control queues' and those of the first four ports.
-const BOUND: u32 = 10;
-
 /// Devices that have been made and not attached, in the order of their slots.
 pub(super) struct DeviceSet {
     memory: GuestMemory,
@@ -209,7 +204,7 @@ impl<L: IrqLine> Windows<L> {
         for (slot, (transport, line)) in (0..).zip(self.windows) {
             // Nobody else sets it.
             let _ = line.set(backend.irq_line(layout::virtio_pin(slot))?);
-            for (index, doorbell) in (0..BOUND).zip(transport.busy_doorbells()) {
+            for (index, doorbell) in transport.busy_doorbells() {
                 if backend.bind_doorbell(notify_address(slot), index, doorbell)? == Binding::Exits {
                     break;
                 }

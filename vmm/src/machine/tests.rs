@@ -269,7 +269,7 @@ fn a_guest_without_ioeventfds_reaches_its_devices_by_exits() {
     let scripts = vec![vec![magic, reset, Step::SystemOff]];
     let (hypervisor, running) = fake(scripts, |config| config.console = Some(console()));
     assert_eq!(running.wait(), Exit::PowerOff);
-    assert_eq!(hypervisor.record().doorbells, [(device + 0x50, 0)]);
+    assert_eq!(hypervisor.record().doorbells, [(device + 0x50, 4)]);
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn few_doorbells_are_bound_of_a_console_with_many_ports_and_none_of_what_rarely_
     });
     assert_eq!(running.wait(), Exit::PowerOff);
     let address = layout::virtio_address(0) + 0x50;
-    let expected: Vec<_> = (0..10).map(|queue| (address, queue)).collect();
+    let expected: Vec<_> = (4..10).map(|queue| (address, queue)).collect();
     assert_eq!(hypervisor.record().doorbells, expected);
 }
 

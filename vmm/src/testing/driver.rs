@@ -241,6 +241,11 @@ impl DriverQueue {
         wanted
     }
 
+    /// Rings the doorbell of another queue from now on.
+    pub fn share_bell(&mut self, other: &Self) {
+        self.bell = Arc::clone(&other.bell);
+    }
+
     /// Rings the doorbell whatever the device wants.
     pub fn ring_bell(&self) {
         self.bell.ring().expect("a doorbell");

@@ -36,10 +36,14 @@ impl<D: VirtioDevice> Rig<D> {
 
     /// An inactive device with a guest and a limit for the sizes of its queues.
     pub fn with(device: D, guest: Guest, max_queue_size: u16) -> Self {
-        let queues = (0..)
-            .zip(device.queue_max_sizes())
-            .map(|(index, size)| DriverQueue::new(&guest, index, size.min(max_queue_size)))
-            .collect();
+        let mut queues: Vec<DriverQueue> = Vec::new();
+        for (index, size) in (0..).zip(device.queue_max_sizes()) {
+            let mut queue = DriverQueue::new(&guest, index, size.min(max_queue_size));
+            if let Some(other) = queues.get(usize::from(device.bell_of(index))) {
+                queue.share_bell(other);
+            }
+            queues.push(queue);
+        }
         Self {
             device,
             guest,

@@ -17,6 +17,7 @@ pub mod transport;
 pub mod vsock;
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use interrupt::{FaultObserver, Faults, Interrupt};
@@ -79,10 +80,16 @@ pub trait VirtioDevice: Send {
     /// The largest size of each queue, in index order; powers of two.
     fn queue_max_sizes(&self) -> Vec<u16>;
 
-    /// Queues, from the first on, whose doorbells ring often enough to be worth what it takes to have
-    /// the hypervisor ring them. The others ring by an exit.
-    fn busy_queues(&self) -> usize {
-        usize::MAX
+    /// The queue whose doorbell rings for `queue`: itself, or one before it that shares its own with
+    /// others that have little to tell.
+    fn bell_of(&self, queue: u16) -> u16 {
+        queue
+    }
+
+    /// Queues whose doorbells ring often enough to be worth what it takes to have the hypervisor ring
+    /// them: each costs KVM a grace period (SRCU) when a VM is made. The others ring by an exit.
+    fn busy_queues(&self) -> Range<u16> {
+        0..u16::MAX
     }
 
     /// The device's own feature bits; the transport adds `VERSION_1` and the ring features.

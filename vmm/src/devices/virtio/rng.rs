@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::active::{self, Active};
@@ -81,8 +82,8 @@ impl VirtioDevice for Rng {
     }
 
     /// A guest asks for entropy when it boots, and rarely after that.
-    fn busy_queues(&self) -> usize {
-        0
+    fn busy_queues(&self) -> Range<u16> {
+        0..0
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -101,8 +102,8 @@ impl VirtioDevice for Balloon {
     }
 
     /// A megabyte of pages for each ring, or a report every other second.
-    fn busy_queues(&self) -> usize {
-        0
+    fn busy_queues(&self) -> Range<u16> {
+        0..0
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {

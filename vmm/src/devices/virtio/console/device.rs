@@ -1,5 +1,6 @@
 //! Identity, features and configuration space.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::handle::Shared;
@@ -7,8 +8,8 @@ use super::port::Port;
 use super::state::ConsoleState;
 use super::worker::Worker;
 use super::{
-    ConsoleConfig, ConsoleError, DEVICE_ID, F_MULTIPORT, F_SIZE, Handle, MAX_PORTS, RECEIVE_SIZE,
-    TRANSMIT_SIZE,
+    CONTROL_TRANSMIT, ConsoleConfig, ConsoleError, DEVICE_ID, F_MULTIPORT, F_SIZE, Handle,
+    MAX_PORTS, RECEIVE_SIZE, SHARED, TRANSMIT_SIZE, bell_of,
 };
 use crate::devices::virtio::active::{self, Active};
 use crate::devices::virtio::{
@@ -79,6 +80,15 @@ impl VirtioDevice for Console {
         (0..=self.max_ports)
             .flat_map(|_| [RECEIVE_SIZE, TRANSMIT_SIZE])
             .collect()
+    }
+
+    fn bell_of(&self, queue: u16) -> u16 {
+        bell_of(queue)
+    }
+
+    /// Those of ports 1 to 3. Control messages are few, and port 0 is what Linux takes for a terminal.
+    fn busy_queues(&self) -> Range<u16> {
+        CONTROL_TRANSMIT + 1..SHARED
     }
 
     fn features(&self) -> u64 {

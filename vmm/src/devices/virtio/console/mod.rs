@@ -60,6 +60,15 @@ fn queues_of(port: u32) -> (u16, u16) {
     (receive, receive + 1)
 }
 
+/// The first queue of the fifth port. From it on, queues share its doorbell, as most of the ports
+/// there can be are idle.
+const SHARED: u16 = 10;
+
+/// The queue whose doorbell rings for `queue`.
+fn bell_of(queue: u16) -> u16 {
+    queue.min(SHARED)
+}
+
 /// What a console is made from.
 pub struct ConsoleConfig {
     /// Ports announced to the guest at once, from port 0. Others, up to `max_ports`, are announced

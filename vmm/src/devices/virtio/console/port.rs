@@ -153,6 +153,11 @@ impl Port {
         self.told.added || self.guest != Guest::Closed
     }
 
+    /// Whether neither side has anything to do with the port: nothing is on its queues.
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.is_known() && self.attachment.is_none()
+    }
+
     /// Whether [`attach`](Self::attach) may be called.
     pub(super) fn is_free(&self) -> bool {
         self.attachment.is_none() && !(self.stale && self.guest != Guest::Closed)

@@ -18,7 +18,8 @@ use super::*;
 use crate::devices::virtio::{F_VERSION_1, VirtioDevice};
 use crate::testing::{Buffer, Guest, Rig, suite};
 
-const PORTS: u32 = 4;
+/// Two of them have a doorbell between them.
+const PORTS: u32 = 6;
 const DEVICE_READY: u16 = 0;
 const PORT_READY: u16 = 3;
 const PORT_OPEN: u16 = 6;
@@ -340,8 +341,11 @@ fn ports_come_with_their_first_attachment_and_go_when_removed() {
         [(3, 1, 1, vec![]), (3, PORT_OPEN, 1, vec![])]
     );
     assert!(matches!(
-        linux.handle.attach(4, PortEnds::default()),
-        Err(ConsoleError::NoPort { port: 4, ports: 4 })
+        linux.handle.attach(PORTS, PortEnds::default()),
+        Err(ConsoleError::NoPort {
+            port: PORTS,
+            ports: PORTS
+        })
     ));
 }
 

@@ -1,5 +1,6 @@
 //! Owns the queues while the device is active.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -7,14 +8,14 @@ use super::control::ControlQueues;
 use super::handle::{Shared, Table};
 use super::lane::{Lane, tokens_of};
 use super::state::{ConsoleState, ControlState};
-use super::{CONTROL_RECEIVE, CONTROL_TRANSMIT, F_MULTIPORT, PortEvent, queues_of};
+use super::{CONTROL_RECEIVE, CONTROL_TRANSMIT, F_MULTIPORT, PortEvent, bell_of, queues_of};
 use crate::devices::virtio::queue::RingFault;
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, Faults, Interrupt, Positions,
 };
 use crate::sys::reactor::{self, Control, Interest, ReactorHandle, Readiness};
 
-/// Token of the handles' doorbell; a queue's token is its number.
+/// Token of the handles' doorbell. That of a queue's is the number of the queue it belongs to.
 const HANDLES: usize = 0xffff;
 
 #[derive(Debug)]
@@ -105,11 +106,12 @@ impl Worker {
         control.chain(self.lanes.iter().flat_map(Lane::queues))
     }
 
-    /// The port a queue belongs to, if it is a data queue.
-    fn port_of(&self, queue: usize) -> Option<u32> {
-        (0..self.lanes.len() as u32).find(|port| {
+    /// The ports whose queues a doorbell rings for.
+    fn ports_of(&self, bell: usize) -> impl Iterator<Item = u32> + use<> {
+        (0..self.lanes.len() as u32).filter(move |port| {
             let (receive, transmit) = queues_of(*port);
-            [receive, transmit].map(usize::from).contains(&queue)
+            let bells = [receive, transmit].map(|queue| usize::from(bell_of(queue)));
+            bells.contains(&bell)
         })
     }
 
@@ -120,7 +122,7 @@ impl Worker {
         } else {
             match self
                 .queues()
-                .find(|queue| usize::from(queue.index) == token)
+                .find(|queue| usize::from(bell_of(queue.index)) == token)
             {
                 Some(queue) => queue.doorbell.clear(),
                 None => return,
@@ -205,9 +207,6 @@ impl Worker {
         if token == usize::from(CONTROL_TRANSMIT) {
             return self.listen(&mut table, control, events);
         }
-        if let Some(port) = self.port_of(token) {
-            return self.serve([port], &mut table, control, events);
-        }
         for (number, port) in (0..).zip(&mut table.ports) {
             let (input, output) = tokens_of(number);
             if token != input && token != output {
@@ -223,8 +222,8 @@ impl Worker {
             }
             return self.serve([number], &mut table, control, events);
         }
-        // The driver supplied buffers for control messages.
-        self.serve([], &mut table, control, events)
+        // Of no port when the driver supplied buffers for control messages.
+        self.serve(self.ports_of(token), &mut table, control, events)
     }
 
     /// Runs `f` unless the device is broken, and breaks it if `f` says so.
@@ -243,7 +242,7 @@ impl Worker {
             self.broken = true;
             self.faults.needs_reset(&fault);
             for queue in self.queues() {
-                control.remove(usize::from(queue.index));
+                control.remove(usize::from(bell_of(queue.index)));
             }
             control.remove(HANDLES);
             for lane in &mut self.lanes {
@@ -257,8 +256,12 @@ impl Worker {
 
 impl reactor::Worker for Worker {
     fn start(&mut self, control: &mut Control<'_>) -> io::Result<()> {
+        let mut heard = BTreeSet::new();
         for queue in self.queues() {
-            control.listen(&queue.doorbell, usize::from(queue.index))?;
+            let bell = bell_of(queue.index);
+            if heard.insert(bell) {
+                control.listen(&queue.doorbell, usize::from(bell))?;
+            }
         }
         control.add(&self.shared.doorbell, HANDLES, Interest::READ)?;
         for lane in &mut self.lanes {
@@ -280,7 +283,12 @@ impl reactor::Worker for Worker {
             {
                 events.extend(port.assume_open().map(|event| event.of(0)));
             }
-            worker.serve(0..worker.lanes.len() as u32, &mut table, control, events)?;
+            let ports = (0..).zip(&table.ports);
+            let busy: Vec<_> = ports
+                .filter(|(_, port)| !port.is_at_rest())
+                .map(|(number, _)| number)
+                .collect();
+            worker.serve(busy, &mut table, control, events)?;
             worker.listen(&mut table, control, events)
         });
         Ok(())

@@ -6,7 +6,7 @@ mod state;
 mod tests;
 
 use std::fmt;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -91,7 +91,7 @@ pub struct MmioTransport {
     /// Shared with the worker: status words and the interrupt.
     lines: Arc<Lines>,
     doorbells: Vec<Arc<Doorbell>>,
-    busy: usize,
+    busy: Range<u16>,
     state: Mutex<State>,
 }
 
@@ -120,10 +120,13 @@ impl MmioTransport {
     pub fn new(device: Box<dyn VirtioDevice>, parts: MmioParts) -> std::io::Result<Self> {
         let lines = Lines::new(parts.raise, parts.lower);
         let sizes = device.queue_max_sizes();
-        let doorbells = sizes
-            .iter()
-            .map(|_| Doorbell::new().map(Arc::new))
-            .collect::<Result<_, _>>()?;
+        let mut doorbells: Vec<Arc<Doorbell>> = Vec::with_capacity(sizes.len());
+        for (index, _) in (0..).zip(&sizes) {
+            let shared = doorbells.get(usize::from(device.bell_of(index)));
+            let doorbell =
+                shared.map_or_else(|| Doorbell::new().map(Arc::new), |it| Ok(it.clone()));
+            doorbells.push(doorbell?);
+        }
         let busy = device.busy_queues();
         let interrupt = Interrupt::new(Arc::clone(&lines));
         let faults = Faults::new(device.id(), interrupt, parts.observer);
@@ -154,9 +157,11 @@ impl MmioTransport {
         &self.doorbells
     }
 
-    /// Those of them that the hypervisor should ring, from the first on.
-    pub fn busy_doorbells(&self) -> &[Arc<Doorbell>] {
-        self.doorbells.get(..self.busy).unwrap_or(&self.doorbells)
+    /// Those of them that the hypervisor should ring, by the numbers of their queues.
+    pub fn busy_doorbells(&self) -> impl Iterator<Item = (u32, &Doorbell)> {
+        let all = (0..).zip(&self.doorbells);
+        let busy = all.filter(|(index, _)| self.busy.contains(index));
+        busy.map(|(index, doorbell)| (u32::from(index), &**doorbell))
     }
 
     /// Stops the device for good; the VM's vCPUs must have stopped.

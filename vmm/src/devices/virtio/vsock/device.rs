@@ -1,5 +1,6 @@
 //! Identity, features and configuration space.
 
+use std::ops::Range;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -62,8 +63,8 @@ impl VirtioDevice for Vsock {
     }
 
     /// Not that of events.
-    fn busy_queues(&self) -> usize {
-        2
+    fn busy_queues(&self) -> Range<u16> {
+        0..2
     }
 
     fn queue_max_sizes(&self) -> Vec<u16> {
