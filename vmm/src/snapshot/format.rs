@@ -143,6 +143,16 @@ pub(super) fn checksum(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
 }
 
+/// The checksum of a head, in which the place of the checksum itself counts as zeroes.
+fn head_checksum(head: &[u8]) -> u32 {
+    let (before, rest) = head.split_at(AT_CHECKSUM.min(head.len()));
+    let mut sum = crc32fast::Hasher::new();
+    for part in [before, &[0; 4], rest.get(4..).unwrap_or(&[])] {
+        sum.update(part);
+    }
+    sum.finalize()
+}
+
 fn unsound(what: impl Into<String>) -> SnapshotError {
     SnapshotError::Unsound(what.into())
 }
@@ -199,7 +209,7 @@ impl Head {
             put(&mut entry, 24, &section.checksum.to_le_bytes());
             put(&mut bytes, at, &entry);
         }
-        let sum = checksum(&bytes);
+        let sum = head_checksum(&bytes);
         put(&mut bytes, AT_CHECKSUM, &sum.to_le_bytes());
         Ok(bytes)
     }
@@ -222,9 +232,7 @@ impl Head {
             });
         }
         let expected = word(bytes, AT_CHECKSUM);
-        let mut blank = bytes.to_vec();
-        put(&mut blank, AT_CHECKSUM, &[0; 4]);
-        let found = checksum(&blank);
+        let found = head_checksum(bytes);
         if found != expected {
             let part = "head".to_owned();
             return Err(SnapshotError::Checksum {
@@ -384,7 +392,6 @@ pub(super) fn seal(head: &mut [u8], length: u64) {
     put(head, 0, &MAGIC);
     put(head, AT_VERSION, &VERSION.to_le_bytes());
     put(head, AT_LENGTH, &length.to_le_bytes());
-    put(head, AT_CHECKSUM, &[0; 4]);
-    let sum = checksum(head);
+    let sum = head_checksum(head);
     put(head, AT_CHECKSUM, &sum.to_le_bytes());
 }
