@@ -26,10 +26,11 @@ enum Parcel {
 
 /// Where messages to the parent go. Clones lead to the same socket.
 #[derive(Debug, Clone)]
-pub(super) struct Outbox(SyncSender<Parcel>);
+pub(super) struct Outbox(SyncSender<Box<Parcel>>);
 
 impl Outbox {
     pub(super) fn start(socket: UnixStream) -> io::Result<Self> {
+        // Boxed, as the channel has room for all that may wait from the beginning.
         let (sender, parcels) = mpsc::sync_channel(WAITING);
         threads::spawn("control-write", &CONTROL, move || write(&socket, &parcels))?;
         Ok(Self(sender))
@@ -38,12 +39,12 @@ impl Outbox {
     /// Sends; waits while too many messages wait already.
     pub(super) fn send(&self, message: ToParent) {
         // Nobody takes it only when the parent is gone, and then so is this process.
-        let _ = self.0.send(Parcel::Message(message));
+        let _ = self.0.send(Box::new(Parcel::Message(message)));
     }
 
     /// Sends, or drops the message when there is no room. For the log: logging must not block.
     pub(super) fn offer(&self, message: ToParent) {
-        match self.0.try_send(Parcel::Message(message)) {
+        match self.0.try_send(Box::new(Parcel::Message(message))) {
             Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
         }
     }
@@ -53,16 +54,16 @@ impl Outbox {
     pub(super) fn last(&self, exit: Exit) {
         let (written, done) = mpsc::sync_channel(1);
         let parcel = Parcel::Last(ToParent::Event(Event::Ended(exit)), written);
-        if self.0.send(parcel).is_ok() {
+        if self.0.send(Box::new(parcel)).is_ok() {
             // In vain when the parent doesn't read: it finds the process ended.
             let _ = done.recv_timeout(LAST_WORDS);
         }
     }
 }
 
-fn write(socket: &UnixStream, parcels: &Receiver<Parcel>) {
+fn write(socket: &UnixStream, parcels: &Receiver<Box<Parcel>>) {
     for parcel in parcels {
-        let (message, written) = match parcel {
+        let (message, written) = match *parcel {
             Parcel::Message(message) => (message, None),
             Parcel::Last(message, written) => (message, Some(written)),
         };
