@@ -152,6 +152,12 @@ impl RunningVm {
         self.running.save(file, base)
     }
 
+    /// Has `tell` called once it is decided that the VM ends: now, if it is, or by the thread that
+    /// decides it. Then [`wait`](Self::wait) doesn't take long. It replaces one that was given before.
+    pub(crate) fn on_end(&self, tell: impl FnOnce() + Send + 'static) {
+        self.running.on_end(Box::new(tell));
+    }
+
     /// Waits until the VM has ended: all vCPUs and devices have stopped.
     pub fn wait(&self) -> Exit {
         self.running.wait()

@@ -109,9 +109,9 @@ impl Guest {
                 })));
             }
             Body::Stop => match &self.vm {
-                // The thread that waits for its end tells of it.
+                // It tells of its end.
                 Some(vm) => vm.stop(),
-                None => tell(&self.news, Exit::Stopped),
+                None => tell(&self.news),
             },
             Body::AttachPort {
                 port,
@@ -192,17 +192,21 @@ impl Guest {
         let vm = build(hypervisor)
             .and_then(Vm::start)
             .map_err(|error| refuse(kind(&error), describe(&error)))?;
-        let (running, news) = (vm.clone(), self.news.clone());
-        threads::spawn("vm-end", &CONTROL, move || {
-            let exit = running.wait();
-            drop(running);
-            tell(&news, exit.into());
-        })
-        .map_err(|error| refuse(ErrorKind::Resource, format!("Start a thread: {error}")))?;
+        let news = self.news.clone();
+        vm.on_end(move || tell(&news));
         self.vm = Some(vm);
         // All threads are there.
         threads::narrow(&CONTROL);
         Ok(())
+    }
+
+    /// Waits for the end, which is decided, and answers with it. What devices still hold back, such
+    /// as half a line of log, goes with the VM.
+    pub(super) fn end(self) -> Exit {
+        match self.vm {
+            Some(vm) => vm.wait().into(),
+            None => Exit::Stopped,
+        }
     }
 
     fn restore_config(&self, restore: Restore, files: &mut Files) -> Result<RestoreConfig> {
@@ -321,9 +325,9 @@ fn stats(balloon: &balloon::Handle) -> Result<Answer> {
     }))
 }
 
-fn tell(news: &Sender<News>, exit: Exit) {
+fn tell(news: &Sender<News>) {
     // Refused only where the process is about to end.
-    let _ = news.send(News::Ended(exit));
+    let _ = news.send(News::Ending);
 }
 
 /// Files of a request; each is taken once.

@@ -71,10 +71,8 @@ fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Res
                     let _ = slow.send((id, work));
                 }
             },
-            News::Ended(exit) => {
-                // With the VM goes what its devices still hold back, such as half a line of log.
-                drop(guest);
-                outbox.last(exit);
+            News::Ending => {
+                outbox.last(guest.end());
                 break;
             }
         }
@@ -86,7 +84,8 @@ fn start_with(socket: UnixStream, level: LogLevel, start: Start) -> std::io::Res
 /// What the serving thread waits for.
 pub(super) enum News {
     Request(Request, Carried),
-    Ended(Exit),
+    /// It is decided that there is or will be no VM.
+    Ending,
 }
 
 /// Answers what waits for the guest's drivers, in order, while other requests go on.

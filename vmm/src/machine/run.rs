@@ -79,6 +79,8 @@ pub(super) struct Shared {
 struct State {
     /// How the VM ended, from the first vCPU that knew.
     exit: Option<Exit>,
+    /// Hears of the end.
+    observer: Option<Box<dyn FnOnce() + Send>>,
     /// vCPUs that have not come out for good.
     running: usize,
     /// Devices have stopped after the last vCPU.
@@ -107,6 +109,7 @@ pub(super) fn start<S: VcpuSeed>(parts: Parts<S>) -> Result<Running, Error> {
         .collect();
     let state = State {
         exit: None,
+        observer: None,
         running: count,
         ended: count == 0,
         paused: false,
@@ -275,10 +278,17 @@ impl Shared {
 
     /// Notes how the VM ends, unless somebody has, and brings all vCPUs out.
     fn end(&self, exit: Exit) {
-        self.lock().exit.get_or_insert(exit);
+        let observer = {
+            let mut state = self.lock();
+            state.exit.get_or_insert(exit);
+            state.observer.take()
+        };
         self.stop.store(true, Ordering::SeqCst);
         self.kick();
         self.changed.notify_all();
+        if let Some(tell) = observer {
+            tell();
+        }
     }
 
     fn kick(&self) {
@@ -447,6 +457,17 @@ impl Running {
 
     pub(super) fn stop(&self) {
         self.shared.end(Exit::Stopped);
+    }
+
+    /// Calls `tell` once it is decided that the VM ends, which may be now.
+    pub(super) fn on_end(&self, tell: Box<dyn FnOnce() + Send>) {
+        let mut state = self.shared.lock();
+        if state.exit.is_none() {
+            state.observer = Some(tell);
+            return;
+        }
+        drop(state);
+        tell();
     }
 
     pub(super) fn wait(&self) -> Exit {
