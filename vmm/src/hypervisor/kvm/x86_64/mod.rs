@@ -8,9 +8,9 @@ pub(super) mod tests;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
-    KVM_MAX_CPUID_ENTRIES, KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, Msrs, kvm_cpuid_entry2,
-    kvm_enable_cap, kvm_fpu, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_msr_entry, kvm_regs, kvm_run, kvm_segment,
+    KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, Msrs, kvm_cpuid_entry2, kvm_enable_cap, kvm_fpu,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
+    kvm_msr_entry, kvm_regs, kvm_run, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -52,13 +52,9 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, everything write-back, as firmware leaves it.
 const MTRR_ENABLED_WRITE_BACK: u64 = (1 << 11) | 6;
 
-pub(super) fn cpu_caps(kvm: &Kvm, _: &Extent) -> Result<CpuCaps, HypervisorError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+pub(super) fn cpu_caps(kvm: &Kvm, extent: &Extent) -> Result<CpuCaps, HypervisorError> {
+    let supported = extent.cpuid().iter();
     let cpuid = supported
-        .as_slice()
-        .iter()
         .map(|entry| Leaf {
             function: entry.function,
             index: entry.index,

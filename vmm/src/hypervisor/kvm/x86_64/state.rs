@@ -84,6 +84,11 @@ impl Extent {
         })
     }
 
+    /// What a vCPU here can be.
+    pub(super) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
     /// vCPUs at most, beside what KVM says.
     #[allow(
         clippy::unused_self,
