@@ -74,6 +74,8 @@ where
         let memory = GuestMemory::anonymous(&layout::ram_ranges(config.memory))?;
         let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
         let handles = set.add_configured(&mut config)?;
+        // What is left over goes while the VM is made.
+        drop(std::mem::take(&mut config.rings));
         let mut seed = [0; current::SEED_LEN];
         random::fill(&mut seed).map_err(Error::Entropy)?;
         let source = BootSource {

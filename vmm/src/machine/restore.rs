@@ -118,6 +118,8 @@ where
 
         let mut set = DeviceSet::new(memory.clone(), config.on_device_fault.take())?;
         let handles = add_devices(&mut set, &devices, &machine, &mut config)?;
+        // What is left over goes while the VM is made.
+        drop(std::mem::take(&mut config.rings));
         let serial = machine.serial.map(|state| Serial {
             sink: config.serial.take(),
             state: Some(state),
