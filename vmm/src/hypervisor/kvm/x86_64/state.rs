@@ -159,14 +159,14 @@ pub(in super::super) fn restore_vcpu(
     extent: &Extent,
 ) -> Result<(), HypervisorError> {
     // Some hypervisors of hypervisors show vCPUs more than they list: what a vCPU here shows counts.
-    let listed = CpuId::from_entries(&extent.cpuid).map_err(|_| invalid("KVM_SET_CPUID2"))?;
-    fd.set_cpuid2(&listed).map_err(call("KVM_SET_CPUID2"))?;
-    let here = fd
-        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-        .map_err(call("KVM_GET_CPUID2"))?;
-    processor::check(&state.cpuid, here.as_slice())?;
-    let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| invalid("KVM_SET_CPUID2"))?;
-    fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    if processor::check(&state.cpuid, &extent.cpuid).is_err() {
+        set_cpuid(fd, &extent.cpuid)?;
+        let here = fd
+            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_CPUID2"))?;
+        processor::check(&state.cpuid, here.as_slice())?;
+    }
+    set_cpuid(fd, &state.cpuid)?;
     restore_tsc_rate(fd, state.tsc_khz)?;
     fd.set_regs(&state.regs).map_err(call("KVM_SET_REGS"))?;
     fd.set_sregs(&state.sregs).map_err(call("KVM_SET_SREGS"))?;
@@ -224,6 +224,11 @@ pub(super) fn restore_vm(vm: &VmFd, state: &VmState) -> Result<(), HypervisorErr
         ..Default::default()
     };
     vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
+}
+
+fn set_cpuid(fd: &VcpuFd, leaves: &[kvm_cpuid_entry2]) -> Result<(), HypervisorError> {
+    let cpuid = CpuId::from_entries(leaves).map_err(|_| invalid("KVM_SET_CPUID2"))?;
+    fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
 }
 
 fn save_xsave(fd: &VcpuFd, extent: &Extent) -> Result<Vec<u32>, HypervisorError> {
