@@ -15,7 +15,7 @@ use ttrpc::r#async::{Client, transport::Socket};
 use ttrpc::context::with_duration;
 
 use crate::boots::{PROFILED, exec, exec_of};
-use crate::machine::{self, Files, Running, null};
+use crate::machine::{self, Files, Running, Time, null};
 use crate::memory;
 use crate::trace::{Point, Tracer, now};
 
@@ -87,6 +87,7 @@ pub(crate) fn clone(
     exe: &Path,
     files: &Files,
     snapshot: &Snapshot,
+    time: Time,
     profile: Option<&Path>,
 ) -> Result<Clone> {
     let _ = std::fs::remove_file(files.socket());
@@ -110,7 +111,7 @@ pub(crate) fn clone(
     spec.vsock = Some(VsockSpec { cid: 3, listener });
     let runtime = one_thread()?;
     let run = || {
-        let vm = machine::start(exe, files, Box::new(|_| ()))?;
+        let vm = machine::start(exe, files, time, Box::new(|_| ()))?;
         vm.restore(&spec, DEADLINE)
             .context("our VMM does not restore")?;
         let accepted = call(&runtime, &files.socket())?;

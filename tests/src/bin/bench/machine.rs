@@ -269,16 +269,27 @@ pub(crate) fn boot_agent(exe: &Path, files: &Files) -> Result<Running> {
     Ok(running)
 }
 
-/// Starts our VMM's process as the runtime does. That prepares when it starts itself, which is some
-/// time before it is asked for a container; here that time has passed.
+/// How much time there was between the shim's start, when it prepares, and its being asked for a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Time {
+    /// As much as it takes.
+    Enough,
+    No,
+}
+
+/// Starts our VMM's process as the runtime does.
 pub(crate) fn start(
     exe: &Path,
     files: &Files,
+    time: Time,
     on_event: Box<dyn Fn(Event) + Send>,
 ) -> Result<VmHandle> {
-    let mut preparation = Preparation::begin();
-    preparation.wait();
-    VmHandle::spawn_prepared(files.spawn_config(exe), Some(preparation), on_event)
+    let preparation = (time == Time::Enough).then(|| {
+        let mut preparation = Preparation::begin();
+        preparation.wait();
+        preparation
+    });
+    VmHandle::spawn_prepared(files.spawn_config(exe), preparation, on_event)
         .context("cannot start our VMM")
 }
 
@@ -288,7 +299,7 @@ fn boot_ours(exe: &Path, files: &Files, spec: &BootSpec) -> Result<Running> {
         // Refused only once nobody waits any more.
         let _ = sender.send((trace::now().unwrap_or(0), event));
     };
-    let vm = start(exe, files, Box::new(on_event))?;
+    let vm = start(exe, files, Time::Enough, Box::new(on_event))?;
     vm.boot(spec, DEADLINE)
         .context("our VMM does not boot the guest")?;
     Ok(Running::Ours(vm, events))

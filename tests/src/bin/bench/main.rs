@@ -28,7 +28,7 @@ use supermachine_tests::{RUNC, RUNTIME};
 use boots::{Boot, Exits};
 use containers::Host;
 use guest::Init;
-use machine::{Acpi, Cache, Files, Vmm};
+use machine::{Acpi, Cache, Files, Time, Vmm};
 use memory::Idle;
 use report::{Report, durations, milliseconds};
 use trace::Tracer;
@@ -336,17 +336,24 @@ impl Bench {
         let Some((snapshot, booted)) = report.take("snapshot", snapshot) else {
             return;
         };
-        let mut all = Vec::new();
-        for turn in 0..=self.runs {
-            let clone = clones::clone(&self.tracer, exe, &self.files, &snapshot, None);
-            all.extend(report.take("clone", clone).filter(|_| turn > 0));
-        }
+        let clone = |time: Time, raw: Option<&Path>| {
+            clones::clone(&self.tracer, exe, &self.files, &snapshot, time, raw)
+        };
+        let mut clones_of = |time: Time| {
+            let mut all = Vec::new();
+            for turn in 0..=self.runs {
+                let clone = report.take("clone", clone(time, None));
+                all.extend(clone.filter(|_| turn > 0));
+            }
+            all
+        };
+        let [prepared, unprepared] = [Time::Enough, Time::No].map(&mut clones_of);
         if profile {
             let raw = self.out.join("profile-clone.txt");
-            let clone = clones::clone(&self.tracer, exe, &self.files, &snapshot, Some(&raw));
-            report.take("profile", clone);
+            report.take("profile", clone(Time::Enough, Some(&raw)));
         }
-        let pick = |field: fn(&clones::Clone) -> u64| all.iter().map(field).collect::<Vec<_>>();
+        let pick =
+            |field: fn(&clones::Clone) -> u64| prepared.iter().map(field).collect::<Vec<_>>();
         report.row(
             "snapshot of a VM of 256 MiB whose agent waits",
             milliseconds(&[snapshot.took]),
@@ -370,6 +377,12 @@ impl Bench {
             "restore, exec to the agent's first answer (beside: our cold boot to the same)",
             milliseconds(&pick(|clone| clone.answered)),
             milliseconds(&[booted]),
+        );
+        let first: Vec<_> = unprepared.iter().map(|clone| clone.answered).collect();
+        report.row(
+            "the latter for a shim that had no time to prepare",
+            milliseconds(&first),
+            "—",
         );
         let private = pick(|clone| clone.private);
         report.row(
