@@ -201,9 +201,9 @@ fn until_it_starts(
         let config = config(amount)?;
         let mut starts = false;
         leaves_nothing(world, || {
-            match start_in(world, &config) {
-                Ok(()) => starts = true,
-                Err(error) => said.push(format!("{amount}: {error:#}")),
+            match start_in(world, &config)? {
+                None => starts = true,
+                Some(text) => said.push(format!("{amount}: {text}")),
             }
             look()
         })
@@ -221,15 +221,18 @@ fn until_it_starts(
     bail!("it never started:\n{}", said.join("\n"))
 }
 
-/// A whole life of a container. Its shim answers, whatever happens.
-fn start_in(world: &World, config: &ShimConfig) -> Result<()> {
-    let (shim, bundle) = shim(world, config, &["sh", "-c", "exit 4"])?;
-    if let Err(error) = shim.create(&bundle) {
-        refusal::<()>(Err(error)).and_then(|(_, text)| bail!("{text}"))
-    } else {
-        shim.start_task()?;
-        ended(&shim, 4)
+/// A whole life of a container, or why there is none. Its shim answers, whatever happens.
+fn start_in(world: &World, config: &ShimConfig) -> Result<Option<String>> {
+    let (shim, bundle) = match shim(world, config, &["sh", "-c", "exit 4"]) {
+        Ok(started) => started,
+        Err(error) => return Ok(Some(format!("{error:#}"))),
+    };
+    let started = shim.create(&bundle).and_then(|_| shim.start_task());
+    if started.is_err() {
+        return Ok(Some(refusal(started)?.1));
     }
+    ended(&shim, 4)?;
+    Ok(None)
 }
 
 fn state_full(world: &World) -> Result<()> {

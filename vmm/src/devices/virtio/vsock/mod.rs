@@ -12,6 +12,7 @@
 
 mod connection;
 mod device;
+mod listener;
 pub mod metrics;
 mod muxer;
 mod state;

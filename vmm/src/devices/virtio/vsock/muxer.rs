@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::MAX_CONNECTIONS;
 use super::connection::{Connection, Heard};
+use super::listener::Listener;
 use super::metrics::Metrics;
 use super::stream::{Greeting, Stream};
 use super::wire::{
@@ -63,7 +64,7 @@ struct Peer {
 #[derive(Debug)]
 pub(super) struct Muxer {
     cid: u32,
-    listener: UnixListener,
+    listener: Listener,
     metrics: Arc<Metrics>,
     /// By host port.
     peers: HashMap<u32, Peer>,
@@ -91,7 +92,7 @@ impl Muxer {
     pub(super) fn new(cid: u32, listener: UnixListener, metrics: Arc<Metrics>, held: bool) -> Self {
         Self {
             cid,
-            listener,
+            listener: Listener::new(listener),
             metrics,
             peers: HashMap::new(),
             speaking: VecDeque::new(),
@@ -153,10 +154,9 @@ impl Muxer {
                 break;
             }
             let stream = match self.listener.accept() {
-                Ok((socket, _)) => Stream::new(socket),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Ok(Some(socket)) => Stream::new(socket),
+                Ok(None) => break,
                 Err(error) => {
-                    // Out of descriptors, or the program has gone already.
                     tracing::warn!(%error, "A vsock connection was not accepted");
                     break;
                 }
