@@ -8,6 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+use rustix::process::{Resource, getrlimit};
+
 use crate::control::{self, ARG0, ARG1, Beginning, LogLevel, Start};
 use crate::devices::virtio::{self, block};
 use crate::hypervisor::{Ahead, Host, Hypervisor, KICK};
@@ -86,6 +88,9 @@ const BOOT: &[Rule] = &[
     allow_if(calls::SYS_rt_sigaction, &[When::Is(0, KICK as u32)]),
 ];
 
+/// What a VM has open with all devices, sixteen console ports and some connections.
+const LEAST_FILES: u64 = 128;
+
 /// The highest descriptor of a VM with all devices and 63 console ports, about.
 const MOST_FILES: i32 = 511;
 
@@ -128,7 +133,7 @@ fn confine(beginning: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error
     };
     env::set_current_dir("/")?;
     jail::close_inherited()?;
-    make_room_for_files();
+    make_room_for_files()?;
     let hypervisor = Host::open();
     let rings = Rings::make(disks.min(MOST_RINGS));
     let mut hypervisor = hypervisor.map(Ahead::new);
@@ -147,9 +152,19 @@ fn confine(beginning: Option<&OsStr>) -> Result<Start, Box<dyn std::error::Error
 
 /// Has Linux make its table of this process's files as large as it gets with all devices. When
 /// threads share it, each doubling waits for a grace period of the kernel's (RCU), some 10 ms.
-fn make_room_for_files() {
-    // Where the limit is lower, the table stays smaller.
-    let _ = rustix::io::fcntl_dupfd_cloexec(io::stdin(), MOST_FILES);
+///
+/// A limit that is too low is refused now, not found by the guest, whose device would fail.
+fn make_room_for_files() -> Result<(), String> {
+    match getrlimit(Resource::Nofile).maximum {
+        Some(most) if most < LEAST_FILES => Err(format!(
+            "The limit of open files is {most}, expected {LEAST_FILES} or more"
+        )),
+        _ => {
+            // Where the limit is lower, the table stays smaller.
+            let _ = rustix::io::fcntl_dupfd_cloexec(io::stdin(), MOST_FILES);
+            Ok(())
+        }
+    }
 }
 
 /// The control socket is standard input. It moves away from there, so that nothing reads it by

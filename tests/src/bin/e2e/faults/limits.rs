@@ -261,7 +261,7 @@ fn limited(world: &World, limit: &str, amount: u64) -> Result<ShimConfig> {
 
 fn no_descriptors_at_a_start(world: &World) -> Result<()> {
     let config = |files| limited(world, "nofile", files);
-    let reasons = ["Too many open files", "os error 24"];
+    let reasons = ["The limit of open files is 60, expected"];
     until_it_starts(world, [16, 28, 60, 120, 1024], config, &reasons, || Ok(()))
 }
 
