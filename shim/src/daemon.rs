@@ -109,13 +109,13 @@ async fn serve(args: &Args, listener: UnixListener, config: Resolved) -> Result<
     let publisher = tokio::spawn(Publisher::new(args).run(queue, closing));
     let task = Task::new(args, sandbox.clone(), Arc::clone(&done));
 
+    // Before there is a request whose work could take the descriptors for it.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut server = Server::new()
         .add_listener(Listener::try_from(listener)?)
         .register_service(services(task.clone()));
     server.start().await?;
-
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let signal = tokio::select! {
         () = done.notified() => None,
         () = task.abandoned(ABANDONED) => {
