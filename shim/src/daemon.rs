@@ -43,6 +43,8 @@ const ABANDONED: Duration = Duration::from_secs(10);
 /// Stdin is not the socket that `start` made, or the configuration is wrong.
 pub(crate) fn run(args: Args) -> Result<(), BoxError> {
     forbid_dumps()?;
+    // Read from a file once, and with a panic where there is no descriptor for that: not later.
+    let _ = rustix::param::page_size();
     let listener = inherited_socket()?;
     let mut config = config::load(None)?;
     if args.debug {
