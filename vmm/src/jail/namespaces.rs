@@ -47,7 +47,7 @@ impl Drop for Inside {
 }
 
 /// Starts a child that is the first process of a pid namespace, or, where the kernel forbids that,
-/// of the caller's: [`enter`] finds out which.
+/// of the caller's: [`enter`](super::enter) finds out which.
 ///
 /// # Errors
 /// The child can't be started.
