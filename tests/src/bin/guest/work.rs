@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -46,9 +46,11 @@ pub(crate) fn run() -> Result<()> {
             ticking.change(|state| state.ticks += 1);
         }
     });
+    // Before the first line: whoever has read it may connect.
+    let listener = listening()?;
     let told = Arc::clone(&latest);
     thread::spawn(move || {
-        if let Err(error) = answer(&told) {
+        if let Err(error) = answer(&listener, &told) {
             crate::tell(&format!("guest: vsock: {error:#}"));
         }
     });
@@ -130,8 +132,7 @@ fn fill(page: &mut [u8; BLOCK], hash: u64) {
     }
 }
 
-/// Tells whoever connects how far the work is.
-fn answer(latest: &Latest) -> Result<()> {
+fn listening() -> Result<OwnedFd> {
     let listener = socket(
         AddressFamily::Vsock,
         SockType::Stream,
@@ -142,6 +143,11 @@ fn answer(latest: &Latest) -> Result<()> {
     let address = VsockAddr::new(libc::VMADDR_CID_ANY, VSOCK_PORT);
     bind(listener.as_raw_fd(), &address).context("cannot bind")?;
     listen(&listener, Backlog::new(4)?).context("cannot listen")?;
+    Ok(listener)
+}
+
+/// Tells whoever connects how far the work is.
+fn answer(listener: &OwnedFd, latest: &Latest) -> Result<()> {
     loop {
         let connection = accept(listener.as_raw_fd()).context("cannot accept")?;
         // SAFETY: accept has just made it, and nobody else has it.
