@@ -56,10 +56,10 @@ pub fn enter(policy: &Policy, filter: &Filter) -> Result<Vec<Missing>, JailError
     enter_beside(policy, filter, false, || ())
 }
 
-/// As [`enter`], for a process that `own_network` says was born in a network namespace of its own;
-/// calls `begin` once the process may have threads. One that `begin` starts is in the
-/// namespaces and has the ids of the process, but keeps its capabilities, which are of the user
-/// namespace, and no filter holds it: it must do one thing and end.
+/// As [`enter`]; with `own_network`, for a process that was born in a network namespace of its own.
+/// Calls `begin` once the process may have threads. One that `begin` starts is in the namespaces and
+/// has the ids of the process, but keeps its capabilities, which are of the user namespace, and no
+/// filter holds it: it must do one thing and end.
 ///
 /// # Errors
 /// As [`enter`].

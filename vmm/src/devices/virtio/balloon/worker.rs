@@ -129,10 +129,7 @@ impl Worker {
         };
         active.doorbell.clear().map_err(doorbell)?;
         for _ in 0..BUDGET {
-            let Some(chain) = active.queue.pop()? else {
-                if active.queue.enable_notification()? {
-                    continue;
-                }
+            let Some(chain) = active.queue.pop_or_notify()? else {
                 return Ok(());
             };
             if chain.writable_len() > 0 {

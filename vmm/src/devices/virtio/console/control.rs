@@ -94,11 +94,8 @@ impl ControlQueues {
         let mut changes = Changes::default();
         let mut left = 2 * self.transmit.queue.size();
         loop {
-            let Some(chain) = self.transmit.queue.pop()? else {
-                if !self.transmit.queue.enable_notification()? {
-                    break;
-                }
-                continue;
+            let Some(chain) = self.transmit.queue.pop_or_notify()? else {
+                break;
             };
             let message = read_message(&chain);
             self.transmit.queue.complete(chain, 0)?;

@@ -122,10 +122,7 @@ impl Worker {
                 self.interrupt.used(&mut self.transmit.queue)?;
                 return Ok(());
             }
-            let Some(chain) = self.transmit.queue.pop()? else {
-                if self.transmit.queue.enable_notification()? {
-                    continue;
-                }
+            let Some(chain) = self.transmit.queue.pop_or_notify()? else {
                 self.interrupt.used(&mut self.transmit.queue)?;
                 return Ok(());
             };
@@ -152,10 +149,7 @@ impl Worker {
                 break;
             }
             left -= 1;
-            let Some(chain) = self.receive.queue.pop()? else {
-                if self.receive.queue.enable_notification()? {
-                    continue;
-                }
+            let Some(chain) = self.receive.queue.pop_or_notify()? else {
                 break;
             };
             if chain.writable_len() < HEADER_LEN as u64 {
